@@ -1,0 +1,323 @@
+"""What strategies share whose model is a torch module and whose optimizer is torch's own."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from strategies.base import (
+    Batch,
+    LossFunction,
+    LossSum,
+    MakeOptimizer,
+    Numbers,
+    Plan,
+    State,
+    StepInfo,
+    Strategy,
+    Weights,
+)
+from strategies.errors import ConfigError
+from strategies.world import World
+
+
+@dataclass
+class _Run:
+    """What lives between `setup` and `close`."""
+
+    plan: Plan
+    scaler: torch.amp.GradScaler | None
+
+
+@dataclass(kw_only=True)
+class TorchStrategy(Strategy):
+    """The ordinary loop over micro-batches, the ordinary step, and state by name."""
+
+    def __post_init__(self) -> None:
+        self._world: World | None = None
+        self._run: _Run | None = None
+
+    # What a plugin says for itself.
+
+    @abstractmethod
+    def _wrap(self, model: nn.Module, plan: Plan) -> nn.Module:
+        """The trained module around `model`, whose parameters are in place."""
+
+    @abstractmethod
+    def _bare(self, model: nn.Module) -> nn.Module:
+        """The module that was wrapped."""
+
+    @abstractmethod
+    def _synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around one micro-batch: ranks exchange gradients only when `last`."""
+
+    @abstractmethod
+    def _communication_s(self, model: nn.Module) -> float | None:
+        """Exposed communication of the step just taken."""
+
+    # What follows from it.
+
+    @property
+    def _connected(self) -> World:
+        assert self._world is not None, "connect() comes first"
+        return self._world
+
+    @property
+    def _set_up(self) -> _Run:
+        assert self._run is not None, "setup() comes first"
+        return self._run
+
+    @final
+    def init_context(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    @final
+    def setup(
+        self, model: nn.Module, weights: Weights, make_optimizer: MakeOptimizer, plan: Plan
+    ) -> tuple[nn.Module, Optimizer]:
+        device = self._connected.device
+        plan.precision.check(device)
+        model = materialise(model, weights, device)
+        if plan.precision.master_dtype is torch.float64:
+            model.double()
+        if plan.compile:
+            model.compile()
+        wrapped = self._wrap(model, plan)
+        scaler = None
+        if plan.precision.numbers is Numbers.fp16:
+            scaler = torch.amp.GradScaler(
+                device.type,
+                init_scale=plan.precision.loss_scale,
+                growth_interval=plan.precision.growth_interval,
+            )
+        self._run = _Run(plan=plan, scaler=scaler)
+        trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+        return wrapped, make_optimizer(trained)
+
+    @final
+    def forward_backward(
+        self, model: nn.Module, batches: Sequence[Batch], loss_function: LossFunction, total: float
+    ) -> LossSum:
+        run, world = self._set_up, self._connected
+        if not model.training:
+            model.train()
+        sums = LossSum(loss=torch.zeros((), dtype=torch.float64 if world.device.type == "cpu" else torch.float32,
+                                        device=world.device))
+        # Ranks average their gradients: times the number of replicas, that is a sum again.
+        weight = world.data_size / total
+        for index, batch in enumerate(batches):
+            with self._synchronised(model, last=index == run.plan.accumulation - 1):
+                with run.plan.precision.autocast(world.device):
+                    terms = loss_function(model(**batch.inputs), batch)
+                loss = terms.loss * weight
+                if terms.auxiliary is not None:
+                    loss = loss + terms.auxiliary / run.plan.accumulation
+                if run.scaler is not None:
+                    loss = run.scaler.scale(loss)
+                loss.backward()  # type: ignore[no-untyped-call]
+            sums.add(terms, batch.num_targets)
+        return sums
+
+    @final
+    def evaluate(self, model: nn.Module, batch: Batch, loss_function: LossFunction) -> LossSum:
+        world = self._connected
+        sums = LossSum(loss=torch.zeros((), dtype=torch.float32, device=world.device))
+        with torch.no_grad(), self._set_up.plan.precision.autocast(world.device):
+            sums.add(loss_function(self._forward_only(model, batch), batch), batch.num_targets)
+        return sums
+
+    @final
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        with torch.no_grad(), self._set_up.plan.precision.autocast(self._connected.device):
+            return self._forward_only(model, batch)
+
+    def _forward_only(self, model: nn.Module, batch: Batch) -> Any:
+        if model.training:
+            model.eval()
+        return self._bare(model)(**batch.inputs)
+
+    @final
+    def step(self, model: nn.Module, optimizer: Optimizer) -> StepInfo:
+        run = self._set_up
+        if run.scaler is not None:
+            run.scaler.unscale_(optimizer)
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if run.plan.clip_norm is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grads_with_norm_(parameters, run.plan.clip_norm, norm)
+        skipped = ~torch.isfinite(norm)
+        if run.scaler is not None:
+            run.scaler.step(optimizer)
+            run.scaler.update()
+        else:
+            step_unless(skipped, optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        return StepInfo(grad_norm=norm, skipped=skipped, communication_s=self._communication_s(model))
+
+    @final
+    def state(self, model: nn.Module, optimizer: Optimizer) -> State:
+        weights, aliases = weights_by_name(self._bare(model))
+        return State(
+            weights=weights,
+            optim=moments_by_name(self._bare(model), optimizer),
+            scaler=self._scaler_state(),
+            aliases=aliases,
+        )
+
+    @final
+    def state_template(self, model: nn.Module, optimizer: Optimizer) -> State:
+        state = self.state(model, optimizer)
+        # Loading writes into these: fresh storage for the moments, so that a live one isn't half-written.
+        state.optim = {name: torch.zeros_like(value) for name, value in state.optim.items()}
+        return state
+
+    @final
+    def load_state(self, model: nn.Module, optimizer: Optimizer, state: State) -> None:
+        bare = self._bare(model)
+        mine, _ = weights_by_name(bare)
+        check_names("weights", mine, state.weights)
+        slots = moments_by_name(bare, optimizer)
+        check_names("optimizer moments", slots, state.optim)
+        with torch.no_grad():
+            for name, value in mine.items():
+                if value is not state.weights[name]:
+                    value.copy_(state.weights[name])
+        for name, parameter in bare.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            prefix = f"{name}/"
+            optimizer.state[parameter] = {
+                key.removeprefix(prefix): state.optim[key].to(template.device, template.dtype).clone()
+                for key, template in slots.items()
+                if key.startswith(prefix)
+            }
+        scaler = self._set_up.scaler
+        if scaler is not None and state.scaler:
+            scaler.load_state_dict({**scaler.state_dict(), "scale": state.scaler["scale"],
+                                    "_growth_tracker": int(state.scaler["growth_tracker"])})
+
+    @final
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        if self._connected.rank != 0:
+            return {}
+        return {name: value.detach().cpu() for name, value in self._bare(model).state_dict().items()}
+
+    def _scaler_state(self) -> dict[str, float]:
+        scaler = self._set_up.scaler
+        if scaler is None:
+            return {}
+        known = scaler.state_dict()
+        return {"scale": float(known["scale"]), "growth_tracker": float(known["_growth_tracker"])}
+
+
+def materialise(model: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
+    """The model with real storage on `device`; filled from `weights` where it had none."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to_empty(device=device)
+        weights.fill(model)
+        return model
+    return model.to(device)
+
+
+def step_unless(skipped: Tensor, optimizer: Optimizer) -> None:
+    """Step `optimizer`, or change nothing where `skipped`.
+
+    Fused optimizers read the flag on the device. For the others it is read here, which waits for
+    the device once per step.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
+    elif not bool(skipped):
+        optimizer.step()
+
+
+def weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Live parameters and persistent buffers, tied ones once, and the other names of the tied ones.
+
+    Raises:
+        ConfigError: the model keeps something in its state dict that isn't a tensor.
+    """
+    live = model.state_dict(keep_vars=True)
+    names: dict[int, str] = {}
+    weights: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    canonical = [name for name, _ in model.named_parameters()]
+    for name in [*(n for n in canonical if n in live), *(n for n in live if n not in set(canonical))]:
+        value = live[name]
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"Model: the state dict entry {name!r} is {type(value).__name__}, not a tensor, and can't be "
+                "checkpointed. Keep it in a buffer instead (the model's get_extra_state)."
+            )
+        if id(value) in names:
+            aliases[name] = names[id(value)]
+        else:
+            names[id(value)] = name
+            weights[name] = value.detach()
+    return weights, aliases
+
+
+def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """`<parameter>/<slot>` -> live moment; zeros of the right shape where there is none yet."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            slots = optimizer.state.get(parameter) or _fresh_slots(parameter, optimizer, group)
+            for slot, value in slots.items():
+                if value is None:
+                    continue
+                tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
+                found[f"{names[id(parameter)]}/{slot}"] = tensor
+    return found
+
+
+def _fresh_slots(parameter: nn.Parameter, optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+    """The moments that `optimizer` would start `parameter` with, found by a step on a stand-in."""
+    stand_in = nn.Parameter(torch.zeros_like(parameter))
+    stand_in.grad = torch.zeros_like(parameter)
+    accepted = inspect.signature(type(optimizer)).parameters
+    options = {key: value for key, value in group.items() if key in accepted and key != "params"}
+    probe = type(optimizer)([stand_in], **{**options, "lr": 0.0})
+    probe.step()
+    return {
+        slot: torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
+        for slot, value in probe.state[stand_in].items()
+        if value is not None
+    }
+
+
+def check_names(what: str, mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Refuse a state whose names or shapes aren't this model's.
+
+    Raises:
+        ConfigError: names the first that is missing, unknown, or of another shape.
+    """
+    for name in mine.keys() - theirs.keys():
+        raise ConfigError(_mismatch(what, f"{name!r} is missing", name, theirs))
+    for name in theirs.keys() - mine.keys():
+        raise ConfigError(_mismatch(what, f"{name!r} is not in this model", name, mine))
+    for name, value in mine.items():
+        if value.shape != theirs[name].shape:
+            raise ConfigError(
+                f"State: {what} {name!r} have shape {tuple(theirs[name].shape)} in the checkpoint and "
+                f"{tuple(value.shape)} in this run. Use the configuration that wrote it (model, optimizer)."
+            )
+
+
+def _mismatch(what: str, problem: str, name: str, others: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(others), n=1)
+    hint = f" (nearest: {near[0]!r})" if near else ""
+    return f"State: {what}: {problem}{hint}. Use the configuration that wrote the checkpoint (model, optimizer)."

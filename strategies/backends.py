@@ -1,0 +1,130 @@
+"""How the ranks talk: the backend's own rules, apart from what is said over it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from strategies.errors import ConfigError
+from strategies.world import Launch, World, agree, open_store
+
+
+@dataclass(kw_only=True)
+class Backend(ABC):
+    """A communication library and the kind of device that it serves."""
+
+    timeout_s: float = 1800.0
+    """Seconds after which a collective that doesn't finish is an error."""
+    interface: str | None = None
+    """Network interface to use, such as `eth0`; the library chooses when it is null."""
+
+    def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ConfigError(
+                f"Backend: timeout_s={self.timeout_s} is not positive. Give seconds, such as 1800 (backend.timeout_s)."
+            )
+
+    @abstractmethod
+    def torch_name(self) -> str:
+        """The name that torch.distributed knows."""
+
+    @abstractmethod
+    def device(self, launch: Launch) -> torch.device:
+        """This rank's device.
+
+        Raises:
+            ConfigError: the machine lacks it.
+        """
+
+
+@dataclass(kw_only=True)
+class GlooBackend(Backend):
+    """Gloo on CPU."""
+
+    def torch_name(self) -> str:
+        return "gloo"
+
+    def device(self, launch: Launch) -> torch.device:
+        return torch.device("cpu")
+
+
+@dataclass(kw_only=True)
+class NCCLBackend(Backend):
+    """NCCL, one GPU for each rank."""
+
+    def torch_name(self) -> str:
+        return "nccl"
+
+    def device(self, launch: Launch) -> torch.device:
+        seen = torch.cuda.device_count()
+        if seen < launch.local_size:
+            raise ConfigError(
+                f"NCCLBackend: {launch.local_size} processes on this machine, but {seen} CUDA devices. "
+                f"Start at most {seen} per machine, or use backend=gloo (backend)."
+            )
+        return torch.device("cuda", launch.local_rank)
+
+
+@dataclass(kw_only=True)
+class AutoBackend(Backend):
+    """NCCL where every rank of the machine has a GPU, else Gloo on CPU."""
+
+    def torch_name(self) -> str:
+        return "nccl" if torch.cuda.is_available() else "gloo"
+
+    def device(self, launch: Launch) -> torch.device:
+        chosen = NCCLBackend if torch.cuda.is_available() else GlooBackend
+        return chosen(timeout_s=self.timeout_s, interface=self.interface).device(launch)
+
+
+def connect_ranks(backend: Backend) -> World:
+    """Start `backend` between the ranks of this launch, and the two CPU groups beside it.
+
+    Every rank is heard before the first collective: a machine without the device that the others
+    have makes all ranks refuse, with one message.
+
+    Raises:
+        ConfigError: some rank can't take part; the same message on every rank.
+    """
+    launch = Launch.from_env()
+    store = open_store(launch)
+    error: ConfigError | None = None
+    device = torch.device("cpu")
+    try:
+        device = backend.device(launch)
+    except ConfigError as caught:
+        error = caught
+    agree(store, launch, "connect", error)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if backend.interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = backend.interface
+    if launch.size == 1 and "MASTER_ADDR" not in os.environ:
+        # An in-memory store has no address to rendezvous at: a file-less group of one.
+        store = dist.HashStore()
+    timeout = timedelta(seconds=backend.timeout_s)
+    dist.init_process_group(
+        backend.torch_name(),
+        store=dist.PrefixStore("groups", store),
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timeout,
+        device_id=device if device.type == "cuda" else None,
+    )
+    return World(
+        rank=launch.rank,
+        local_rank=launch.local_rank,
+        size=launch.size,
+        local_size=launch.local_size,
+        data_rank=launch.rank,
+        data_size=launch.size,
+        device=device,
+        store=store,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        checkpoint=dist.new_group(backend="gloo", timeout=timeout),
+    )

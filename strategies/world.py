@@ -1,0 +1,264 @@
+"""Who takes part in a run, and the small messages that the ranks exchange.
+
+Nothing in here touches the device: counts, verdicts and names travel over a Gloo group on CPU,
+so that asking never makes an accelerator wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from strategies.errors import ConfigError
+
+ReduceOp = Literal["sum", "min", "max"]
+T = TypeVar("T")
+
+_WAIT = timedelta(days=7)  # a dead rank is noticed by the launcher, a slow one is waited for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What the launcher says about this process, before any communication exists."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    restart: int = 0
+
+    @classmethod
+    def from_env(cls) -> Launch:
+        """Read the variables that torchrun sets; without them, the process is alone.
+
+        Raises:
+            ConfigError: a variable is missing beside the others, or isn't a number.
+        """
+        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+            return cls()
+        rank, size = _env_number("RANK"), _env_number("WORLD_SIZE")
+        launch = cls(
+            rank=rank,
+            local_rank=_env_number("LOCAL_RANK", rank),
+            size=size,
+            local_size=_env_number("LOCAL_WORLD_SIZE", size),
+            restart=_env_number("TORCHELASTIC_RESTART_COUNT", 0),
+        )
+        if not 0 <= launch.rank < launch.size:
+            raise ConfigError(
+                f"Launch: RANK={launch.rank} is not below WORLD_SIZE={launch.size}. "
+                "Start every process of the run with the same WORLD_SIZE (torchrun sets both)."
+            )
+        return launch
+
+
+def _env_number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    if text is None or not text.strip().isdigit():
+        raise ConfigError(
+            f"Launch: environment variable {name}={text!r} is not a number. "
+            "Start the run with torchrun, or unset RANK and WORLD_SIZE to run one process."
+        )
+    return int(text)
+
+
+@functools.cache
+def open_store(launch: Launch) -> dist.Store:
+    """The key-value store that all ranks of a launch share; exists before any process group.
+
+    Keys are kept apart by run id and restart count, so that a restarted worker never reads
+    what the previous incarnation wrote.
+    """
+    if launch.size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size))
+    run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
+    return dist.PrefixStore(f"shardwright/{run}/{launch.restart}", store)
+
+
+def publish(store: dist.Store, launch: Launch, key: str, make: Callable[[], str]) -> str:
+    """Let rank 0 decide `make()`; return its value on every rank. An error is everybody's error.
+
+    Raises:
+        ConfigError: rank 0's `make` raised it; the same message on every rank.
+    """
+    if launch.rank == 0:
+        try:
+            answer = {"value": make()}
+        except Exception as error:  # the others are waiting: they must hear of it
+            store.set(key, json.dumps({"error": str(error), "kind": type(error).__name__}))
+            raise
+        store.set(key, json.dumps(answer))
+    store.wait([key], _WAIT)
+    heard = json.loads(store.get(key))
+    if "error" in heard:
+        raise ConfigError(heard["error"]) if heard["kind"] == "ConfigError" else RuntimeError(heard["error"])
+    return str(heard["value"])
+
+
+def agree(store: dist.Store, launch: Launch, key: str, error: ConfigError | None) -> None:
+    """Before a process group exists: go on together, or raise together.
+
+    Args:
+        store: from `open_store`.
+        launch: of this rank.
+        key: names the occasion; used once per launch.
+        error: what this rank found wrong, or None.
+
+    Raises:
+        ConfigError: some rank found something wrong; the lowest rank's message, on every rank.
+    """
+    store.set(f"{key}/{launch.rank}", "" if error is None else str(error))
+    for rank in range(launch.size):
+        store.wait([f"{key}/{rank}"], _WAIT)
+        message = store.get(f"{key}/{rank}").decode()
+        if message:
+            raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The ranks of a run as everything but the strategy sees them.
+
+    `rank` and `size` count processes; `data_rank` and `data_size` count the data-parallel
+    replicas, and only these decide who reads which samples and how losses are summed. With
+    `data_leader` false, another rank already speaks for this replica in sums.
+
+    `control` and `checkpoint` are Gloo groups on CPU over all ranks (None when alone): the first
+    for messages of the loop, the second for the checkpoint writer, which may use it from a
+    thread of its own.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    local_size: int = 1
+    data_rank: int = 0
+    data_size: int = 1
+    data_leader: bool = True
+    device: torch.device
+    store: dist.Store
+    control: dist.ProcessGroup | None = None
+    checkpoint: dist.ProcessGroup | None = None
+
+    def reduce(self, values: Sequence[float], op: ReduceOp = "sum") -> list[float]:
+        """Combine a few numbers over the data-parallel ranks; equal on every rank.
+
+        Args:
+            values: the same number of values on every rank.
+            op: `sum` counts each replica once; `min` and `max` go over all ranks.
+
+        Returns:
+            float64 precision, so whole numbers are exact up to 2**53.
+        """
+        return self.reduce_later(values, op)()
+
+    def reduce_later(self, values: Sequence[float], op: ReduceOp = "sum") -> Callable[[], list[float]]:
+        """Start `reduce` now and return a function that waits for it.
+
+        All ranks must start their messages in the same order; waiting may be in any order.
+        """
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.control is None:
+            return mine.tolist
+        if op == "sum" and not self.data_leader:
+            mine.zero_()
+        work = dist.all_reduce(mine, op=_OPS[op], group=self.control, async_op=True)
+
+        def wait() -> list[float]:
+            cast(dist.Work, work).wait()
+            return cast(list[float], mine.tolist())
+
+        return wait
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's JSON value, in rank order, on every rank."""
+        if self.control is None:
+            return [json.loads(json.dumps(value))]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(sizes, torch.tensor([data.numel()]), group=self.control)
+        longest = max(int(size) for size in sizes)
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded, group=self.control)
+        return [
+            json.loads(bytes(part[: int(size)].numpy().tobytes())) for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """Rank `source`'s JSON value, on every rank (a tuple comes back as a list)."""
+        return cast(T, self.gather(value if self.rank == source else None)[source])
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.control is not None:
+            self.reduce([0.0])
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Leave the block on all ranks, or raise on all ranks.
+
+        For work that may fail on one rank alone (a file that only one machine lacks). Nothing in
+        the block may talk to other ranks.
+
+        Raises:
+            ConfigError: where the block raised it on some rank: the lowest rank's message, on all.
+            RuntimeError: the same for any other error (the failing rank keeps its own).
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        mine = None if error is None else [type(error).__name__, str(error)]
+        verdicts = self.gather(mine)
+        if error is not None and not isinstance(error, ConfigError):
+            raise error
+        for rank, verdict in enumerate(verdicts):
+            if verdict is not None:
+                kind, message = verdict
+                raise ConfigError(message) if kind == "ConfigError" else RuntimeError(f"rank {rank}: {kind}: {message}")
+
+    def first(self, key: str, work: Callable[[], None]) -> None:
+        """Run `work` on the first rank of each machine; the others wait for it, however long.
+
+        The wait is on the store, not inside a collective, so that no group times out while a
+        large data set is tokenised.
+
+        Args:
+            key: names the occasion; used once per run.
+            work: what to do; its result must lie on disk.
+
+        Raises:
+            ConfigError: `work` raised it on this machine; the same on each of its ranks.
+        """
+        node = self.rank - self.local_rank
+        slot = f"first/{key}/{node}"
+        if self.local_rank == 0:
+            try:
+                work()
+            except Exception as error:
+                self.store.set(slot, json.dumps([type(error).__name__, str(error)]))
+                raise
+            self.store.set(slot, "null")
+        self.store.wait([slot], _WAIT)
+        verdict = json.loads(self.store.get(slot))
+        if verdict is not None:
+            kind, message = verdict
+            raise ConfigError(message) if kind == "ConfigError" else RuntimeError(message)
+
+
+_OPS = {"sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}

@@ -1,0 +1,63 @@
+"""Hooks: what users add to a run without touching the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Batch
+from strategies.world import World
+from trainer.data.base import Tokenizer
+from trainer.progress import Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """What a hook is given; never the Trainer."""
+
+    progress: Progress
+    metrics: Mapping[str, float]
+    """The newest numbers, reduced over all ranks and equal on each."""
+    world: World
+    folder: Path
+    """The run's folder."""
+    predict: Callable[[Batch], Any]
+    """The model's outputs. Collective: every rank calls it, equally often."""
+    tokenizer: Tokenizer | None
+    say: Callable[[str], None]
+    """Print a line to the person at the terminal (rank 0 only; silent elsewhere)."""
+    log_text: Callable[[str, str], None]
+    """`log_text(name, text)`: hand a text to the loggers."""
+
+
+@dataclass(kw_only=True)
+class Hook:
+    """Called on every rank at the same points. A returned text is a reason to stop the run.
+
+    Whatever is returned must follow from numbers that are equal on every rank.
+    A subclass is a keyword-only dataclass whose fields are its configuration.
+    """
+
+    def on_start(self, moment: Moment) -> str | None:
+        """Before the first step of this start."""
+        return None
+
+    def on_log(self, moment: Moment) -> str | None:
+        """After each logged step."""
+        return None
+
+    def on_evaluate(self, moment: Moment) -> str | None:
+        """After each evaluation."""
+        return None
+
+    def on_end(self, moment: Moment) -> None:
+        """After the last step, or on the way out of a stopped run."""
+
+    def state(self) -> dict[str, Any]:
+        """What to keep over a restart, as JSON values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up what `state` gave."""
