@@ -110,8 +110,11 @@ class TorchStrategy(Strategy):
         run, world = self._set_up, self._connected
         if not model.training:
             model.train()
-        sums = LossSum(loss=torch.zeros((), dtype=torch.float64 if world.device.type == "cpu" else torch.float32,
-                                        device=world.device))
+        sums = LossSum(
+            loss=torch.zeros(
+                (), dtype=torch.float64 if world.device.type == "cpu" else torch.float32, device=world.device
+            )
+        )
         # Ranks average their gradients: times the number of replicas, that is a sum again.
         weight = world.data_size / total
         for index, batch in enumerate(batches):
@@ -156,11 +159,9 @@ class TorchStrategy(Strategy):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, run.plan.clip_norm, norm)
         skipped = ~torch.isfinite(norm)
+        step_unless(skipped, optimizer)
         if run.scaler is not None:
-            run.scaler.step(optimizer)
             run.scaler.update()
-        else:
-            step_unless(skipped, optimizer)
         optimizer.zero_grad(set_to_none=True)
         return StepInfo(grad_norm=norm, skipped=skipped, communication_s=self._communication_s(model))
 
@@ -203,14 +204,20 @@ class TorchStrategy(Strategy):
             }
         scaler = self._set_up.scaler
         if scaler is not None and state.scaler:
-            scaler.load_state_dict({**scaler.state_dict(), "scale": state.scaler["scale"],
-                                    "_growth_tracker": int(state.scaler["growth_tracker"])})
+            scaler.load_state_dict(
+                {
+                    **scaler.state_dict(),
+                    "scale": state.scaler["scale"],
+                    "_growth_tracker": int(state.scaler["growth_tracker"]),
+                }
+            )
 
     @final
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
         if self._connected.rank != 0:
             return {}
-        return {name: value.detach().cpu() for name, value in self._bare(model).state_dict().items()}
+        # Copied also where the model is on CPU: training goes on while somebody writes or averages this.
+        return {name: value.detach().to("cpu", copy=True) for name, value in self._bare(model).state_dict().items()}
 
     def _scaler_state(self) -> dict[str, float]:
         scaler = self._set_up.scaler
@@ -223,10 +230,24 @@ class TorchStrategy(Strategy):
 def materialise(model: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
     """The model with real storage on `device`; filled from `weights` where it had none."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        model.to_empty(device=device)
+        aliases = aliases_of(model)
+        model.to_empty(device=device)  # gives each name storage of its own
+        for alias, name in aliases.items():
+            module, _, attribute = alias.rpartition(".")
+            setattr(model.get_submodule(module), attribute, model.get_parameter(name))
         weights.fill(model)
         return model
     return model.to(device)
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """Further names of tied parameters -> the name under which each is stored."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        name: names[id(parameter)]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if names[id(parameter)] != name
+    }
 
 
 def step_unless(skipped: Tensor, optimizer: Optimizer) -> None:

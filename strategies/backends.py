@@ -93,13 +93,15 @@ def connect_ranks(backend: Backend) -> World:
     """
     launch = Launch.from_env()
     store = open_store(launch)
+    # Every rank connects equally often; a second time must not meet the keys of the first.
+    connection = store.add(f"connections/{launch.rank}", 1)
     error: ConfigError | None = None
     device = torch.device("cpu")
     try:
         device = backend.device(launch)
     except ConfigError as caught:
         error = caught
-    agree(store, launch, "connect", error)
+    agree(store, launch, f"connect/{connection}", error)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if backend.interface is not None:
@@ -110,7 +112,7 @@ def connect_ranks(backend: Backend) -> World:
     timeout = timedelta(seconds=backend.timeout_s)
     dist.init_process_group(
         backend.torch_name(),
-        store=dist.PrefixStore("groups", store),
+        store=dist.PrefixStore(f"groups/{connection}", store),
         rank=launch.rank,
         world_size=launch.size,
         timeout=timeout,

@@ -39,7 +39,7 @@ class Numbers(Enum):
     fp64 = "fp64"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Precision:
     """How a step computes.
 
@@ -284,13 +284,8 @@ class Footprint:
     @property
     def total_bytes(self) -> int:
         """All kinds together."""
-        return (
-            self.weights_bytes
-            + self.gradients_bytes
-            + self.moments_bytes
-            + self.activations_bytes
-            + self.buffers_bytes
-        )
+        kept = self.weights_bytes + self.gradients_bytes + self.moments_bytes
+        return kept + self.activations_bytes + self.buffers_bytes
 
 
 @dataclass(kw_only=True)

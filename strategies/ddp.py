@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, final
@@ -18,6 +19,7 @@ from strategies.base import Collective, Footprint, ModelSpec, Plan, WorldSpec
 from strategies.errors import ConfigError
 from strategies.world import World
 
+_UNUSED_KEY = "ddp/unused"
 
 # torch 2.13 renamed it, and warns about the old name.
 _BUFFERS_ARGUMENT = next(
@@ -62,6 +64,7 @@ class DDPStrategy(TorchStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._measured = 0  # the reducer's iteration whose communication was reported last
         if not self.bucket_mb > 0:
             raise ConfigError(
                 f"DDPStrategy: bucket_mb={self.bucket_mb} is not positive. Give MiB, such as 25 (strategy.bucket_mb)."
@@ -137,9 +140,16 @@ class DDPStrategy(TorchStrategy):
             find_unused_parameters=self.find_unused,
             static_graph=static,
             gradient_as_bucket_view=True,
-            **{_BUFFERS_ARGUMENT: buffers},
+            **{_BUFFERS_ARGUMENT: buffers},  # type: ignore[arg-type]
         )
         self._register_hook(wrapped)
+        # After `close` the reducer may be the last owner of the group, and it would join the group's threads
+        # while it holds Python's lock, for which such a thread waits to drop a hook's future. The group's own
+        # handle lets go of the lock first; a module's attributes die in the order in which they were set.
+        wrapped.__dict__["_group_outlives_reducer"] = wrapped.process_group
+        self._measured = 0
+        if device.type == "cpu":
+            wrapped._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]
         return wrapped
 
     def _register_hook(self, model: DistributedDataParallel) -> None:
@@ -164,7 +174,57 @@ class DDPStrategy(TorchStrategy):
 
     def _synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         assert isinstance(model, DistributedDataParallel)
-        return contextlib.nullcontext() if last else model.no_sync()
+        return self._complete(model) if last else model.no_sync()
+
+    @contextlib.contextmanager
+    def _complete(self, model: DistributedDataParallel) -> Iterator[None]:
+        """Around the backward that reduces: all gradients are averaged at its end, or all ranks say why not.
+
+        torch would notice a parameter without gradient one step later, and this step would already
+        have been taken with gradients that differ between ranks.
+        """
+        store = self._connected.store
+        try:
+            yield
+        except RuntimeError as error:
+            # A rank whose own graph was whole waits for one whose wasn't, until that one hangs up.
+            with contextlib.suppress(RuntimeError):
+                if store.check([_UNUSED_KEY]):
+                    raise ConfigError(store.get(_UNUSED_KEY).decode()) from error
+            raise
+        try:
+            model._check_reducer_finalized()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            message = _unused_message(model)
+            store.set(_UNUSED_KEY, message)
+            raise ConfigError(message) from error
 
     def _communication_s(self, model: nn.Module) -> float | None:
-        return None
+        """From the clock that torch keeps in the reducer.
+
+        On CPU of this very step (30 us). On a GPU torch reads its events in a sample of the steps, in
+        the forward after; reading them here would make the device wait, so the value is one step old.
+        """
+        assert isinstance(model, DistributedDataParallel)
+        logger = model.logger
+        if logger is None:
+            return None
+        if self._connected.device.type == "cpu":
+            logger.set_runtime_stats_and_log()
+        known = logger._get_ddp_logging_data().ints_map
+        iteration = known.get("iteration", 0)
+        if iteration == self._measured or "backward_comm_time" not in known:
+            return None
+        self._measured = iteration
+        exposed_ns = known["backward_comm_time"] - known.get("backward_compute_comm_overlap_time", 0)
+        return float(max(0, exposed_ns)) * 1e-9
+
+
+def _unused_message(model: DistributedDataParallel) -> str:
+    unused = [name for name, value in model.module.named_parameters() if value.requires_grad and value.grad is None]
+    # A parameter may also have one from an earlier micro-batch; torch doesn't say which that is.
+    which = f" ({unused[0]!r} has none{f', nor have {len(unused) - 1} more' if unused[1:] else ''})" if unused else ""
+    return (
+        f"DDPStrategy: the last micro-batch of a step gave some parameter no gradient{which}, so the ranks can't "
+        "average. Freeze what is never used, or look for it in each step (strategy.find_unused=true)."
+    )

@@ -24,6 +24,7 @@ ReduceOp = Literal["sum", "min", "max"]
 T = TypeVar("T")
 
 _WAIT = timedelta(days=7)  # a dead rank is noticed by the launcher, a slow one is waited for
+_FAREWELL = timedelta(seconds=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +99,13 @@ def publish(store: dist.Store, launch: Launch, key: str, make: Callable[[], str]
             answer = {"value": make()}
         except Exception as error:  # the others are waiting: they must hear of it
             store.set(key, json.dumps({"error": str(error), "kind": type(error).__name__}))
+            _heard_by_all(store, launch, key)
             raise
         store.set(key, json.dumps(answer))
     store.wait([key], _WAIT)
     heard = json.loads(store.get(key))
     if "error" in heard:
+        _heard_by_all(store, launch, key)
         raise ConfigError(heard["error"]) if heard["kind"] == "ConfigError" else RuntimeError(heard["error"])
     return str(heard["value"])
 
@@ -124,7 +127,17 @@ def agree(store: dist.Store, launch: Launch, key: str, error: ConfigError | None
         store.wait([f"{key}/{rank}"], _WAIT)
         message = store.get(f"{key}/{rank}").decode()
         if message:
+            _heard_by_all(store, launch, key)
             raise ConfigError(message)
+
+
+def _heard_by_all(store: dist.Store, launch: Launch, key: str) -> None:
+    """Before rank 0 ends with an error, and perhaps the store with it: let the others read why."""
+    if launch.rank != 0:
+        store.set(f"{key}/heard/{launch.rank}", "")
+    elif launch.size > 1:
+        with contextlib.suppress(RuntimeError):  # somebody died meanwhile: don't wait for ever
+            store.wait([f"{key}/heard/{rank}" for rank in range(1, launch.size)], _FAREWELL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +207,7 @@ class World:
         padded[: data.numel()] = data
         parts = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(parts, padded, group=self.control)
-        return [
-            json.loads(bytes(part[: int(size)].numpy().tobytes())) for part, size in zip(parts, sizes, strict=True)
-        ]
+        return [json.loads(bytes(part[: int(size)].numpy().tobytes())) for part, size in zip(parts, sizes, strict=True)]
 
     def broadcast(self, value: T, source: int = 0) -> T:
         """Rank `source`'s JSON value, on every rank (a tuple comes back as a list)."""

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from strategies.base import Batch
 from strategies.world import World
 
@@ -22,6 +25,9 @@ Sample: TypeAlias = Any
 
 Collate: TypeAlias = Callable[[list[Sample], list[int]], Batch]
 """From samples, and for each a 63-bit number that is a pure function of (seed, epoch, index), to a batch."""
+
+Tokens: TypeAlias = NDArray[np.int64]
+"""Token numbers, [n]."""
 
 Say: TypeAlias = Callable[[str], None]
 """Tells the person at the terminal one line (rank 0 only; silent elsewhere)."""
@@ -68,6 +74,19 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Without boundary."""
 
+    def encode_many(self, texts: Sequence[str]) -> list[Tokens]:
+        """`encode` of each text, as arrays; a subclass may have a faster way."""
+        return [np.asarray(self.encode(text), dtype=np.int64) for text in texts]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that this tokenizer brings for conversations, if it brings one."""
+        return None
+
+    def special_tokens(self) -> dict[str, str]:
+        """What a chat template may refer to, such as `eos_token` -> `</s>`."""
+        return {}
+
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Specials left out; invalid bytes replaced."""
@@ -86,6 +105,8 @@ class Data:
     """For a mixture: (number of samples, weight) of each source, whose samples follow each other in
     `train`. Empty: one source."""
     tokenizer: Tokenizer | None = None
+    classes: Sequence[str] = ()
+    """For classification: the name of each class, in the order of their numbers."""
     description: str = ""
     """One line: what was read, how much, from where."""
 

@@ -37,7 +37,18 @@ class Hook:
     """Called on every rank at the same points. A returned text is a reason to stop the run.
 
     Whatever is returned must follow from numbers that are equal on every rank.
-    A subclass is a keyword-only dataclass whose fields are its configuration.
+    A subclass is a keyword-only dataclass whose fields are its configuration:
+
+        @register("hooks", "goal")
+        @dataclass(kw_only=True)
+        class Goal(Hook):
+            val_loss: float = 1.0
+
+            def on_evaluate(self, moment: Moment) -> str | None:
+                reached = moment.metrics["val_loss"] <= self.val_loss
+                return f"val_loss is below {self.val_loss}" if reached else None
+
+    Then `hooks=[goal] hooks.goal.val_loss=1.2` chooses it (`trainer.config.register`).
     """
 
     def on_start(self, moment: Moment) -> str | None:

@@ -36,4 +36,8 @@ class AbstractLogger(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Flush; may be called twice."""
+        """Flush; may be called twice, and followed by another `open`."""
+
+    def address(self) -> str:
+        """Where a person looks at the numbers, once it is open; empty: nowhere in particular."""
+        return ""

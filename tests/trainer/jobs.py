@@ -1,0 +1,147 @@
+"""Whole training jobs for tests: tiny, on the shared worker processes, with faults where a test wants them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from strategies.base import Batch, LossTerms
+from strategies.errors import ConfigError, TrainingError
+from trainer import Trainer, register
+from trainer.data.base import Data
+from trainer.hooks.base import Hook, Moment
+
+TINY = (
+    "model.config.hidden_size=16",
+    "model.config.intermediate_size=32",
+    "model.config.num_hidden_layers=2",
+    "model.config.num_attention_heads=2",
+    "model.config.num_key_value_heads=2",
+    "data.length=16",
+    "trainer.global_batch=12",
+    "trainer.micro_batch=2",
+    "trainer.max_steps=12",
+    "trainer.log_every=1",
+    "trainer.eval_samples=8",
+    "optimizer.lr=5e-3",
+    "logger=[]",
+    "hooks=[]",
+    "checkpoint.every=null",
+)
+
+
+@register("hooks", "killer")
+@dataclass(kw_only=True)
+class Killer(Hook):
+    """Sends a signal to one rank's own process after a step, as a scheduler would."""
+
+    step: int = 6
+    rank: int = 0
+
+    def on_log(self, moment: Moment) -> str | None:
+        if moment.progress.step == self.step and moment.world.rank == self.rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return None
+
+
+@register("hooks", "counter")
+@dataclass(kw_only=True)
+class Counter(Hook):
+    """Counts logged steps over restarts."""
+
+    def __post_init__(self) -> None:
+        self.seen = 0
+
+    def on_log(self, moment: Moment) -> str | None:
+        self.seen += 1
+        return None
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.seen = state.get("seen", 0)
+
+
+@dataclass(kw_only=True)
+class Rows(Trainer):
+    """A regression whose samples know their number; `poisoned` ones have no finite loss."""
+
+    poisoned: int = -1
+    dropout: float = 0.0
+    num_samples: int = 60
+    broken_rank: int = -1
+
+    def make_model(self) -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(8, 1))
+
+    def make_data(self) -> Data:
+        if int(os.environ.get("RANK", 0)) == self.broken_rank:
+            raise ConfigError("Rows: this machine has no such file. Copy it there (data.path).")
+        values = np.random.default_rng(0).normal(size=(self.num_samples + 10, 4))
+        rows = [(index, torch.tensor(value, dtype=torch.float32)) for index, value in enumerate(values)]
+        return Data(train=rows[: self.num_samples], validation=rows[self.num_samples :])
+
+    def collate(self, samples: list[Any], seeds: list[int]) -> Batch:
+        numbers, values = zip(*samples, strict=True)
+        inputs = torch.stack(values)
+        return Batch(
+            inputs={"input": inputs},
+            labels=inputs.sum(-1, keepdim=True),
+            num_targets=len(samples),
+            num_tokens=4 * len(samples),
+            extras={"numbers": torch.tensor(numbers)},
+        )
+
+    def loss(self, outputs: Any, batch: Batch) -> LossTerms:
+        counted = (batch.labels != -100).to(outputs.dtype)
+        loss = (F.mse_loss(outputs, batch.labels.to(outputs.dtype), reduction="none") * counted).sum()
+        if (batch.extras["numbers"] == self.poisoned).any():
+            loss = loss * float("nan")
+        return LossTerms(loss=loss)
+
+
+ROWS = ("trainer.global_batch=12", "trainer.micro_batch=2", "trainer.max_steps=10", "trainer.log_every=1", "logger=[]",
+        "hooks=[]", "checkpoint.every=null", "optimizer.lr=1e-2", "model=own", "data=own")  # fmt: skip
+
+
+def fit(folder: str, overrides: list[str], trainer: str = "Trainer") -> dict[str, Any]:
+    """One start of a run in this process; what came of it, as plain values."""
+    from trainer.build import train
+    from trainer.config import compose
+
+    cls = {"Trainer": Trainer, "Rows": Rows}[trainer]
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        config = compose([f"run.dir={folder}", f"cache={Path(folder).parent / 'cache'}", *overrides], cls)
+        outcome = train(config, {})
+    except (ConfigError, TrainingError) as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    finally:
+        assert {number: signal.getsignal(number) for number in before} == before, "signals were not given back"
+        assert not torch.distributed.is_initialized()
+    return {
+        "stopped": outcome.stopped,
+        "reason": outcome.reason,
+        "progress": outcome.progress.to_json(),
+        "metrics": outcome.metrics,
+    }
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[Any]:
+    """The training loss of each logged step."""
+    return [line["loss"] for line in lines(folder) if "loss" in line]

@@ -1,0 +1,130 @@
+"""The configuration: every YAML builds, and whatever is wrong is said in one line with the nearest names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from strategies.errors import ConfigError
+from trainer.config import CONF, compose, made, refuse_unknown, restored
+from trainer.run_folder import differences, redacted, run_name
+
+GROUPS = {path.parent.name: [] for path in CONF.glob("*/*.yaml")}
+for _path in sorted(CONF.glob("*/*.yaml")):
+    GROUPS[_path.parent.name].append(_path.stem)
+
+
+@pytest.mark.parametrize(
+    ("group", "option"), [(group, option) for group, options in GROUPS.items() for option in options]
+)
+def test_compose_every_yaml_gives_an_object(group: str, option: str) -> None:
+    needed = {"hub": ["data.path=squad"], "jsonl": ["data.path=x.jsonl"], "parquet": ["data.path=x"],
+              "text": ["data.path=x"], "tokens": ["data.path=x"], "messages": ["data.path=x"],
+              "hf": ["model.path=x"]}.get(option, [])  # fmt: skip
+    choice = f"{group}=[{option}]" if group in ("logger", "hooks") else f"{group}={option}"
+    config = compose([choice, *needed] if group != "experiment" else [f"+experiment={option}"])
+    for name in config:
+        if hasattr(config[name], "keys"):
+            made(config[name])
+
+
+def test_compose_default_is_the_public_surface() -> None:
+    config = compose([])
+    for key in ("max_steps", "global_batch", "micro_batch", "log_every", "eval_every"):
+        assert key in config.trainer
+    assert config.resume == "auto"
+    assert config.seed == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["trainer.max_step=3"], ["trainer.max_step", "Nearest: max_steps"]),
+        (["+trainer.max_step=3"], ["trainer.max_step", "Nearest: max_steps"]),
+        (["stratgy=ddp"], ["stratgy", "Nearest: strategy"]),
+        (["strategy=dpp"], ["strategy=dpp", "Nearest: ddp"]),
+        (["strategy.hook=bf17"], ["strategy.hook", "bf17", "bf16"]),
+        (["trainer.max_steps=many"], ["trainer.max_steps", "many"]),
+        (["trainer.global_batch=1.5"], ["trainer.global_batch", "1.5"]),
+        (["optimizer.lr=[1]"], ["optimizer.lr"]),
+        (["optimizer.betas=x"], ["optimizer.betas"]),
+        (["model=llama_tny"], ["model=llama_tny", "llama_tiny"]),
+        (["logger=[tensorbord]"], ["tensorbord", "tensorboard"]),
+        (["+experiment=nothing"], ["nothing"]),
+        (["strategy.hook=["], ["strategy.hook=["]),
+        (["seed"], ["seed"]),
+    ],
+)
+def test_compose_mistake_is_one_line_that_names_it(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+KEYS = ("trainer.global_batch", "trainer.clip_norm", "optimizer.lr", "strategy.bucket_mb", "checkpoint.keep", "seed",
+        "trainer.max_time", "precision.loss_scale", "data.length", "backend.timeout_s", "run.dir", "resume")  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    key=st.sampled_from(KEYS),
+    value=st.one_of(
+        st.integers(-3, 3), st.floats(-2, 2), st.sampled_from(["null", "true", "[]", "{}", "x y", "", "1e999", "-0"])
+    ),
+)
+def test_compose_any_value_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
+    try:
+        config = compose([f"{key}={value}"])
+        for name in config:
+            if hasattr(config[name], "keys"):
+                made(config[name])
+    except ConfigError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+        assert re.match(r"\w+: ", str(error))  # noqa: PT017
+
+
+def test_refuse_unknown_missing_value_names_the_key() -> None:
+    from omegaconf import OmegaConf
+
+    with pytest.raises(ConfigError, match=r"a\.b"):
+        refuse_unknown(OmegaConf.create({"a": {"b": "???"}}))
+
+
+def test_restored_never_runs_a_target(tmp_path: Path) -> None:
+    from strategies.base import Precision
+
+    mark = tmp_path / "ran"
+    with pytest.raises(ConfigError):
+        restored(Precision, {"_target_": "pathlib.Path.touch", "self": str(mark)})
+    assert not mark.exists()
+
+
+def test_run_name_same_job_same_name() -> None:
+    first = {"model": {"n": 1}, "data": {}, "seed": 0, "trainer": {"global_batch": 8, "max_steps": 10}}
+    longer = {**first, "trainer": {"global_batch": 8, "max_steps": 99}}
+    other = {**first, "seed": 1}
+    choices = {"model": "llama_tiny", "data": "python_stdlib"}
+    assert run_name(first, choices) == run_name(longer, choices)
+    assert run_name(first, choices) != run_name(other, choices)
+    assert run_name(first, choices).startswith("llama_tiny-python_stdlib-")
+
+
+def test_redacted_secrets_are_gone() -> None:
+    config = {"logger": {"wandb": {"api_key": "s3cret", "project": "p"}}, "token": "t", "data": {"tokens": 5}}
+    clean = redacted(config)
+    assert "s3cret" not in str(clean)
+    assert clean["token"] == "***"
+    assert clean["logger"]["wandb"]["project"] == "p"
+    assert clean["data"]["tokens"] == 5
+
+
+def test_differences_names_each_leaf() -> None:
+    old = {"a": {"b": 1, "c": 2}, "gone": 1}
+    new = {"a": {"b": 1, "c": 3}, "new": [1]}
+    assert differences(old, new) == ["a.c: 2 -> 3", "gone: 1 -> (absent)", "new: (absent) -> [1]"]

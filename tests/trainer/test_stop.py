@@ -1,0 +1,59 @@
+"""Durations and stop signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from strategies.errors import ConfigError
+from trainer.stop import StopRequest, seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(5, 5), (1.5, 1.5), ("90", 90), ("90s", 90), ("1.5m", 90), ("2h", 7200), ("1d", 86400), ("01:30", 90),
+     ("1:00:05", 3605), (None, None)],
+)  # fmt: skip
+def test_seconds_understands(value: object, expected: float | None) -> None:
+    assert seconds(value, "trainer.max_time") == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", ["soon", "", 0, -5, "0s", "1:2:3:4", "5 h"])
+def test_seconds_refuses(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"trainer\.max_time"):
+        seconds(value, "trainer.max_time")  # type: ignore[arg-type]
+
+
+def test_request_hears_a_signal_and_gives_it_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    request = StopRequest(None)
+    request.listen()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # the launcher passes on what the terminal has sent already
+    assert request.signal == "SIGTERM"
+    request.close()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_request_second_signal_later_leaves_at_once() -> None:
+    code = (
+        "import os, signal, time; from trainer.stop import StopRequest; r = StopRequest(None); r.listen(); "
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(2.1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)"
+    )
+    begin = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 30
+
+
+def test_request_out_of_time_after_its_limit() -> None:
+    assert not StopRequest(None).out_of_time()
+    assert not StopRequest(60).out_of_time()
+    request = StopRequest(0.01)
+    time.sleep(0.02)
+    assert request.out_of_time()

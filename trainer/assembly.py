@@ -1,0 +1,208 @@
+"""Build what a `fit` works with: data, model, optimizer, plan, loader, and where it all ends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from strategies.base import ModelSpec, Plan, Weights
+from strategies.errors import ConfigError
+from trainer.data import Loader, Order, accumulation_of
+from trainer.data.base import Data
+from trainer.job import Job
+from trainer.micro_batch import find_micro_batch
+from trainer.random_state import derive, seed_all
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """A job's parts, ready to train."""
+
+    data: Data
+    model: nn.Module
+    optimizer: Optimizer
+    rates: list[float]
+    """The learning rate of each parameter group, before the schedule."""
+    plan: Plan
+    loader: Loader
+    num_parameters: int
+    num_trainable: int
+    total_steps: int | None
+    """The step at which the run ends; None: only time decides."""
+    limit: str
+    """The key that says so."""
+
+    def describe(self, job: Job, global_batch: int) -> str:
+        """One line for the person at the terminal."""
+        plan, world = self.plan, job.world
+        end = f"until step {self.total_steps}" if self.total_steps is not None else "until the time is up"
+        return (
+            f"{self.num_parameters:,} parameters ({self.num_trainable:,} trained) on {world.size} "
+            f"{'rank' if world.size == 1 else 'ranks'} ({world.device.type}); global batch {global_batch} = "
+            f"{world.data_size} x {plan.accumulation} x {plan.micro_batch} (ranks x accumulation x micro-batch); "
+            f"{plan.precision.numbers.name}; {end} ({self.limit})"
+        )
+
+
+def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
+    """Build everything, in the order in which one thing needs another. Collective.
+
+    Raises:
+        ConfigError: some setting is wrong, or two contradict each other; on every rank.
+    """
+    data = _make_data(trainer, job, say)
+    if job.model is not None:
+        with job.world.together():
+            job.model.prepare(data.tokenizer)
+        trainer.task = job.model.task()
+    share = share_of(trainer.global_batch, job.world.data_size)
+    micro_batch = trainer.micro_batch or _find_micro_batch(trainer, job, data, share, say)
+    plan = _plan(trainer, job, micro_batch, accumulation_of(trainer.global_batch, micro_batch, job.world.data_size))
+    model, optimizer, num_parameters, num_trainable = _set_up(trainer, job, plan)
+    total_steps, limit = _steps_in_all(trainer, job, data)
+    job.schedule.factor(0, total_steps)  # refuses now what it would refuse at the first step
+    loader = Loader(
+        data.train,
+        Order(job.seed, list(data.sources) or [(len(data.train), 1.0)]),
+        trainer.collate,
+        seed=job.seed,
+        global_batch=trainer.global_batch,
+        micro_batch=micro_batch,
+        data_rank=job.world.data_rank,
+        data_size=job.world.data_size,
+        workers=workers_of(job),
+        pin_memory=job.world.device.type == "cuda",
+    )
+    return Parts(
+        data=data,
+        model=model,
+        optimizer=optimizer,
+        rates=[float(group["lr"]) for group in optimizer.param_groups],
+        plan=plan,
+        loader=loader,
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        total_steps=total_steps,
+        limit=limit,
+    )
+
+
+def share_of(global_batch: int, data_size: int) -> int:
+    """Samples of one step on one rank.
+
+    Raises:
+        ConfigError: the ranks can't share the global batch evenly.
+    """
+    if global_batch % data_size:
+        below, above = global_batch // data_size * data_size, (global_batch // data_size + 1) * data_size
+        choices = f"{below} or {above}" if below else str(above)
+        raise ConfigError(
+            f"Trainer: global_batch={global_batch} can't be shared by {data_size} ranks. "
+            f"Choose {choices} (trainer.global_batch)."
+        )
+    return global_batch // data_size
+
+
+def workers_of(job: Job) -> int:
+    """Processes per rank that prepare batches."""
+    return 0 if job.data is None else job.data.workers
+
+
+def _make_data(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Data:
+    if job.data is not None:
+        data = job.data.build(job.world, job.cache.expanduser(), say)
+    else:
+        with job.world.together():
+            data = trainer.make_data()
+    if len(data.train) == 0:
+        raise ConfigError("Trainer: the training data has no sample. Name more text, or use shorter samples (data).")
+    if data.description:
+        say(data.description)
+    return data
+
+
+def _plan(trainer: Trainer, job: Job, micro_batch: int, accumulation: int) -> Plan:
+    return Plan(
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        clip_norm=trainer.clip_norm,
+        precision=job.precision,
+        compile=job.compile,
+    )
+
+
+def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimizer, int, int]:
+    seed_all(job.seed)  # the same on every rank: so are the fresh weights
+    with job.world.together(), job.strategy.init_context(plan):
+        module = trainer.make_model() if job.model is None else job.model.make()
+    weights = Weights(seed=job.seed, fill=_no_fill) if job.model is None else job.model.weights(job.seed)
+    counts = [(value.numel(), value.requires_grad) for value in module.parameters()]
+    model, optimizer = job.strategy.setup(module, weights, job.optimizer.make, plan)
+    seed_all(derive(job.seed, "rank", job.world.data_rank))
+    return model, optimizer, sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+
+
+def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: Callable[[str], None]) -> int:
+    """Try sizes on the real model, without updating it."""
+    plan = _plan(trainer, job, micro_batch=1, accumulation=2)  # one of two: nothing is exchanged
+    model, optimizer, num_parameters, num_trainable = _set_up(trainer, job, plan)
+    samples = data.train
+
+    def attempt(size: int) -> None:
+        rows = [samples[index * len(samples) // size] for index in range(size)]
+        batch = trainer.collate(rows, list(range(size))).to(job.world.device)
+        job.strategy.forward_backward(model, [batch], trainer.loss, max(batch.num_targets, 1))
+        optimizer.zero_grad(set_to_none=True)
+
+    spec = ModelSpec(num_parameters=num_parameters, num_trainable=num_trainable)
+    moments = spec.num_trainable * spec.slots_per_parameter * job.precision.master_dtype.itemsize
+    size = find_micro_batch(job.world, share, attempt, int(moments))
+    say(f"micro-batch: {size} of {share} samples per rank and step (trainer.micro_batch)")
+    return size
+
+
+def _steps_in_all(trainer: Trainer, job: Job, data: Data) -> tuple[int | None, str]:
+    limits: list[tuple[int, str]] = []
+    if trainer.max_steps is not None:
+        limits.append((trainer.max_steps, "trainer.max_steps"))
+    if trainer.max_epochs is not None:
+        samples = trainer.max_epochs * len(data.train)
+        limits.append((math.ceil(samples / trainer.global_batch), "trainer.max_epochs"))
+    if trainer.max_tokens is not None:
+        limits.append((math.ceil(trainer.max_tokens / _tokens_per_step(trainer, job, data)), "trainer.max_tokens"))
+    if not limits and trainer.max_time is None:
+        raise ConfigError(
+            "Trainer: nothing says when to end. Set trainer.max_steps, trainer.max_epochs, trainer.max_tokens "
+            "or trainer.max_time (trainer.max_steps)."
+        )
+    return min(limits) if limits else (None, "trainer.max_time")
+
+
+def _tokens_per_step(trainer: Trainer, job: Job, data: Data) -> float:
+    """From samples spread evenly over the data: a pure function of it, so that schedules stay put."""
+    seen = min(64, len(data.train))
+    with job.world.together():
+        rows = [data.train[index * len(data.train) // seen] for index in range(seen)]
+        tokens = trainer.collate(rows, list(range(seen))).num_tokens
+    if tokens == 0:
+        raise ConfigError(
+            "Trainer: max_tokens needs batches that say their num_tokens, and they say 0. "
+            "Use trainer.max_steps, or fill in Batch.num_tokens (trainer.max_tokens)."
+        )
+    return tokens / seen * trainer.global_batch
+
+
+def _no_fill(model: torch.nn.Module) -> None:
+    raise ConfigError(
+        f"Trainer: this strategy builds models without storage, and {type(model).__name__} doesn't say how to fill "
+        "them. Use strategy=ddp, or a model of the model group (strategy, model)."
+    )

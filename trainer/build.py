@@ -1,0 +1,118 @@
+"""From configuration to objects, in one readable order; nothing after this sees the configuration."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from strategies.base import Numbers, Precision, Strategy
+from strategies.errors import ConfigError
+from trainer.config import made
+from trainer.job import Job
+from trainer.metrics.logs import set_up_logs
+from trainer.run_folder import RunFolder, redacted, run_name
+from trainer.session import Outcome
+from trainer.trainer import Trainer
+
+
+def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
+    """Build the job of `config` and run it; everything is closed again on the way out.
+
+    Args:
+        config: composed and checked (`trainer.config`).
+        choices: the option chosen in each group; for the run's name.
+
+    Raises:
+        ConfigError: something in it is wrong; on every rank.
+        TrainingError: the run can't go on.
+    """
+    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+    parts = {str(name): made(config[name]) for name in config if isinstance(config[name], DictConfig)}
+    trainer, strategy = cast(Trainer, parts["trainer"]), cast(Strategy, parts["strategy"])
+    for group in _MAKERS:
+        refuse_both(trainer, group, choices.get(group))
+    with _claimed(parts, plain, choices) as folder:
+        _set_numerics(parts["precision"], config.deterministic)
+        world = strategy.connect(parts["backend"])
+        try:
+            set_up_logs(folder.path, world.rank)
+            changes = world.broadcast(folder.begin(redacted(plain), world) if world.rank == 0 else [])
+            job = Job(
+                strategy=strategy,
+                world=world,
+                folder=folder.path,
+                model=None if makes_its_own(type(trainer), "model") else parts["model"],
+                data=None if makes_its_own(type(trainer), "data") else parts["data"],
+                optimizer=parts["optimizer"],
+                schedule=parts["schedule"],
+                precision=parts["precision"],
+                checkpoints=parts["checkpoint"],
+                loggers=parts["logger"],
+                hooks=parts["hooks"],
+                seed=config.seed,
+                resume=config.resume,
+                compile=config.compile,
+                cache=Path(config.cache),
+                config=redacted(plain),
+                changes=tuple(changes),
+            )
+            return trainer.fit(job)
+        finally:
+            strategy.close()
+
+
+@contextmanager
+def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, str]) -> Iterator[RunFolder]:
+    where = parts["run"]
+    folder = RunFolder.claim(where.dir, where.name or run_name(plain, choices))
+    try:
+        yield folder
+    finally:
+        folder.close()
+
+
+_MAKERS = {"model": "make_model", "data": "make_data"}
+
+
+def makes_its_own(trainer_class: type[Trainer], group: str) -> bool:
+    """Whether a Trainer subclass makes what the group `model` or `data` would."""
+    return getattr(trainer_class, _MAKERS[group]) is not getattr(Trainer, _MAKERS[group])
+
+
+def refuse_both(trainer: Trainer, group: str, choice: str | None) -> None:
+    """A Trainer that makes its own model or data, and a configuration that chooses another.
+
+    Raises:
+        ConfigError: both, or neither.
+    """
+    name, method = type(trainer).__name__, _MAKERS[group]
+    if makes_its_own(type(trainer), group) and choice not in (None, "own"):
+        raise ConfigError(
+            f"{name}: {group}={choice} was chosen, but this Trainer makes its own ({method}). "
+            f"Leave {group} out ({group})."
+        )
+    if not makes_its_own(type(trainer), group) and choice == "own":
+        raise ConfigError(
+            f"{name}: {group}=own needs a Trainer that overrides {method}(), and this one doesn't. "
+            f"Choose another {group} ({group})."
+        )
+
+
+def _set_numerics(precision: Precision, deterministic: bool) -> None:
+    """Process-wide switches of torch; each is set, so that an earlier job in this process leaves nothing behind."""
+    torch.backends.cuda.matmul.allow_tf32 = precision.numbers is Numbers.tf32
+    torch.backends.cudnn.allow_tf32 = precision.numbers is Numbers.tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.cudnn.benchmark = False

@@ -1,0 +1,364 @@
+"""From an order of samples to micro-batches: what one rank gets in each optimizer step.
+
+Workers are started by a fork server. Plain fork would copy a process that already runs the threads
+of its process group, of CUDA and of tokenizers, which deadlocks; spawn would import torch again in
+every worker. The server is a fresh process without threads that imports torch once. It and its
+workers ignore the signals that a terminal or a launcher sends to the whole process group: the
+training process decides when they end, so that an interrupted step can still be finished and saved.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from strategies.base import Batch
+from strategies.errors import ConfigError
+from trainer.data.base import Collate, Sample, Samples
+from trainer.data.order import Order, seeds_for
+
+Key: TypeAlias = tuple[int, int]
+"""A sample's index, and the seed of whatever is random about it."""
+
+_DEAF_TO = {signal.SIGINT, signal.SIGTERM}
+_PRELOADED = ["numpy", "torch.utils.data"]
+
+
+class _Keyed(Dataset[tuple[Sample, int]]):
+    """Samples looked up by key."""
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __getitem__(self, key: Key) -> tuple[Sample, int]:
+        index, seed = key
+        return self._samples[index], seed
+
+
+class _Collated:
+    """A collate function for pairs of sample and seed."""
+
+    def __init__(self, collate: Collate) -> None:
+        self._collate = collate
+
+    def __call__(self, pairs: list[tuple[Sample, int]]) -> Batch:
+        return self._collate([sample for sample, _ in pairs], [seed for _, seed in pairs])
+
+
+def _follow_parent(_: int) -> None:
+    """In a worker: leave as soon as the training process is gone, without a word.
+
+    A fork server and its workers keep each other alive, and torch's own watch is on the server.
+    """
+    # What a worker itself fails at is sent to the training process. This is said by the thread that
+    # hands over tensors when the other side ends in the middle of it.
+    sys.excepthook = lambda kind, error, trace: (
+        None if issubclass(kind, EOFError | ConnectionError) else sys.__excepthook__(kind, error, trace)
+    )
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _start_fork_server() -> None:
+    """Start the process that workers are forked from, unless it runs already.
+
+    The signals are blocked while it starts, because a blocked signal stays blocked in its children.
+    """
+    _close_at_exit()
+    resource_tracker.ensure_running()  # first, since starting it unblocks these signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _DEAF_TO)
+    try:
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["__main__", *_PRELOADED])
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Hold Ctrl-C back: workers that lose their parent while they start would say so at length."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
+@functools.cache
+def _close_at_exit() -> None:
+    """End all workers before multiprocessing's own exit handler, which asks with SIGTERM and waits."""
+    atexit.register(_close_all)
+
+
+def _close_all() -> None:
+    for stream in list(_open_streams):
+        stream.close()
+
+
+def _end(iterator: Any) -> None:
+    """Ask the workers behind a DataLoader's iterator to leave, and end those that don't."""
+    workers = list(getattr(iterator, "_workers", ()))
+    if workers:
+        iterator._shutdown_workers()
+    for worker in workers:
+        if worker.is_alive():
+            worker.kill()
+        worker.join()
+
+
+class _Stream:
+    """Batches of the keys that a sampler gives, by worker processes or in this one."""
+
+    def __init__(
+        self, samples: Samples, collate: Collate, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False
+    ) -> None:
+        options: dict[str, Any] = {}
+        if workers:
+            _start_fork_server()
+            options = {
+                "multiprocessing_context": "forkserver",
+                "persistent_workers": True,
+                "worker_init_fn": _follow_parent,
+            }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+            self._loader: DataLoader[Any] = DataLoader(
+                _Keyed(samples),
+                batch_sampler=keys,
+                collate_fn=_Collated(collate),
+                num_workers=workers,
+                pin_memory=pin_memory and torch.accelerator.is_available(),
+                # Without a generator of its own, every new iterator draws from the global one, and a
+                # resumed run would no longer have the same random numbers as an unstopped one.
+                generator=torch.Generator(),
+                **options,
+            )
+        self._end: Callable[[], object] = lambda: None
+
+    def __iter__(self) -> Iterator[Batch]:
+        with _interrupted_later():
+            iterator = iter(self._loader)  # the same one again where workers persist
+            self._end = weakref.finalize(self, _end, iterator)
+            _open_streams.add(self)
+        return cast(Iterator[Batch], iterator)
+
+    def close(self) -> None:
+        """End the workers; may be called twice."""
+        self._end()
+        self._loader._iterator = None
+
+
+_open_streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+
+
+@dataclass(kw_only=True)
+class _RankKeys(Iterable[list[Key]]):
+    """A batch sampler: the keys of one rank's micro-batches from `position` on, without end."""
+
+    order: Order
+    seed: int
+    global_batch: int
+    micro_batch: int
+    share: int
+    """Samples of the global batch that are this rank's."""
+    data_rank: int
+    position: int = 0
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        begin = self.position + self.data_rank * self.share
+        for start in itertools.count(begin, self.global_batch):
+            indices, epochs = self.order.span(start, start + self.share)
+            keys = list(zip(indices.tolist(), seeds_for(self.seed, epochs, indices), strict=True))
+            yield from (keys[at : at + self.micro_batch] for at in range(0, self.share, self.micro_batch))
+
+
+def accumulation_of(global_batch: int, micro_batch: int, data_size: int) -> int:
+    """Micro-batches of one rank in one optimizer step.
+
+    Raises:
+        ConfigError: `global_batch` is no multiple of `micro_batch` times `data_size`.
+    """
+    at_once = micro_batch * data_size
+    if micro_batch < 1 or global_batch < 1:
+        raise ConfigError(
+            f"Loader: global_batch={global_batch} and micro_batch={micro_batch} must be at least 1. "
+            "Count samples (trainer.global_batch, trainer.micro_batch)."
+        )
+    if global_batch % at_once == 0:
+        return global_batch // at_once
+    below, above = global_batch // at_once * at_once, (global_batch // at_once + 1) * at_once
+    batches = " or ".join(str(value) for value in (below, above) if value)
+    divisors = [m for m in range(1, global_batch + 1) if global_batch % (m * data_size) == 0]
+    micro = f", or micro_batch={_list(divisors)} (trainer.micro_batch)" if divisors else ""
+    raise ConfigError(
+        f"Loader: global_batch={global_batch} is not a multiple of micro_batch={micro_batch} times {data_size} "
+        f"data-parallel ranks. Use global_batch={batches} (trainer.global_batch){micro}."
+    )
+
+
+def _list(values: Sequence[int]) -> str:
+    shown = [str(value) for value in values]
+    if len(shown) > 6:
+        shown = [*shown[:3], "...", *shown[-2:]]
+    return " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+
+
+class Loader:
+    """One rank's micro-batches, step by step, from any position on."""
+
+    def __init__(
+        self,
+        samples: Samples,
+        order: Order,
+        collate: Collate,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_size: int = 1,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """Settle who reads what; workers start with the first batch.
+
+        Args:
+            samples: picklable where there are workers.
+            order: over `samples`.
+            collate: from samples and their seeds to a batch; picklable where there are workers.
+            seed: for the samples' seeds.
+            global_batch: samples of one optimizer step over all ranks.
+            micro_batch: samples that one rank takes at a time.
+            data_rank: of `data_size` ranks, each of which takes a contiguous share of the global batch.
+            data_size: number of ranks that take different samples.
+            workers: processes that prepare batches; 0: this one.
+            pin_memory: copy batches to pinned memory, if there is an accelerator.
+
+        Raises:
+            ConfigError: `global_batch` can't be cut that way, or `workers` is negative.
+        """
+        if workers < 0:
+            raise ConfigError(f"Loader: workers={workers} is negative. Use 0 or more (data.workers).")
+        self.accumulation = accumulation_of(global_batch, micro_batch, data_size)
+        self.global_batch = global_batch
+        self._keys = _RankKeys(
+            order=order,
+            seed=seed,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            share=micro_batch * self.accumulation,
+            data_rank=data_rank,
+        )
+        self._stream = _Stream(samples, collate, self._keys, workers, pin_memory)
+
+    def steps(self, position: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of one optimizer step after another, without end.
+
+        Ends whatever an earlier call began: a loader gives one stream of steps at a time.
+
+        Args:
+            position: samples that all ranks have consumed so far.
+        """
+        self._keys.position = position
+        batches = iter(self._stream)
+        while True:
+            yield [next(batches) for _ in range(self.accumulation)]
+
+    def close(self) -> None:
+        """End the workers; may be called twice."""
+        self._stream.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def evaluation_batches(
+    samples: Samples,
+    collate: Collate,
+    *,
+    micro_batch: int,
+    data_rank: int = 0,
+    data_size: int = 1,
+    seed: int = 0,
+    limit: int | None = None,
+    workers: int = 0,
+) -> Iterator[Batch]:
+    """This rank's part of one pass over `samples`: each sample on exactly one rank.
+
+    Every rank gets equally many batches: those that run out get weightless ones.
+
+    Args:
+        samples: what to go over, in order.
+        collate: as for `Loader`.
+        micro_batch: largest number of samples in a batch; the last may have fewer.
+        data_rank: of `data_size` ranks.
+        data_size: number of ranks that share the pass.
+        seed: the samples' seeds follow from it and their index, the same in every pass.
+        limit: go over that many samples only, evenly spread over all, always the same ones.
+        workers: processes that prepare batches; 0: this one.
+
+    Raises:
+        ConfigError: `limit` or `micro_batch` is below 1.
+    """
+    if micro_batch < 1 or (limit is not None and limit < 1):
+        raise ConfigError(
+            f"Evaluation: micro_batch={micro_batch} and limit={limit} must be at least 1. "
+            "Raise them (trainer.micro_batch, trainer.eval_samples)."
+        )
+    num_samples = len(samples)
+    chosen = num_samples if limit is None else min(limit, num_samples)
+    num_batches = math.ceil(math.ceil(chosen / data_size) / micro_batch)
+    begin, end = data_rank * chosen // data_size, (data_rank + 1) * chosen // data_size
+    indices = np.arange(begin, end, dtype=np.int64) * num_samples // max(chosen, 1)
+    return _evaluation(samples, collate, indices, num_batches, micro_batch, seed, workers)
+
+
+def _evaluation(
+    samples: Samples,
+    collate: Collate,
+    indices: np.ndarray[Any, np.dtype[np.int64]],
+    num_batches: int,
+    micro_batch: int,
+    seed: int,
+    workers: int,
+) -> Iterator[Batch]:
+    keys = list(zip(indices.tolist(), seeds_for(seed, np.zeros_like(indices), indices), strict=True))
+    parts = [keys[at : at + micro_batch] for at in range(0, len(keys), micro_batch)]
+    stream = _Stream(samples, collate, parts, min(workers, len(parts)))
+    with contextlib.closing(stream):
+        yield from stream
+    for _ in range(num_batches - len(parts)):
+        yield collate([samples[0]], [0]).weightless()

@@ -1,0 +1,144 @@
+"""Where the time of a run goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+COMPUTE = "compute"
+KINDS = (COMPUTE, "data", "checkpoint", "evaluation", "hooks")
+_IN_A_STEP = (COMPUTE, "data")
+
+
+class StepClock:
+    """Splits a run's wall-clock time into kinds; every moment belongs to exactly one of them.
+
+    Whatever isn't measured as `data`, `checkpoint`, `evaluation` or `hooks` is compute: on an
+    accelerator the host only queues work, and the wait for it shows up wherever a number is read.
+    Communication that no compute hides is taken out of compute, where the strategy knows it.
+
+    A step's time is its compute, communication and data. Evaluation, checkpoints and hooks are how
+    often somebody wants to look, not speed, so they don't count in `step_s` and `tokens_per_s`; how
+    much they cost is in `checkpoint_s` and in the totals.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._kind = COMPUTE
+        self._since = self._lapped = now()
+        self._window = dict.fromkeys(KINDS, 0.0)
+        self._before = dict.fromkeys(KINDS, 0.0)
+        self._communication_before: float | None = 0.0
+        self._begin_window()
+        self._measures = {kind: _Measure(self, kind) for kind in KINDS}
+
+    def _begin_window(self) -> None:
+        self._window = dict.fromkeys(KINDS, 0.0)
+        self._communication: float | None = 0.0
+        self._steps = 0
+        self._tokens = 0
+
+    def measure(self, kind: str) -> _Measure:
+        """A context whose time counts as `kind`, one of `KINDS`; an inner one takes its time from the outer."""
+        return self._measures[kind]
+
+    def step_done(self, communication_s: float | None = None, *, tokens: int = 0) -> None:
+        """Count an optimizer step.
+
+        Args:
+            communication_s: seconds of it that waited for other ranks and hid behind no compute; None: not known.
+            tokens: real tokens of it, of all ranks together.
+        """
+        self._steps += 1
+        self._tokens += tokens
+        if communication_s is None or self._communication is None:
+            self._communication = None
+        else:
+            self._communication += communication_s
+
+    def window(self) -> dict[str, float]:
+        """Means over the steps since the last call, up to now.
+
+        Returns:
+            `step_s`, `tokens_per_s` (real tokens of all ranks), and of each step `data_s`, `compute_s`,
+            `communication_s` (absent where not known) and `checkpoint_s`. The first three parts add up
+            to `step_s`. Empty if no step was done.
+        """
+        if self._steps == 0:
+            return {}
+        self._switch(self._kind)
+        spent, communication = self._window, self._exposed(self._window, self._communication)
+        in_steps = sum(spent[kind] for kind in _IN_A_STEP)
+        found = {
+            "step_s": in_steps / self._steps,
+            "tokens_per_s": self._tokens / in_steps if in_steps > 0 else 0.0,
+            "data_s": spent["data"] / self._steps,
+            "compute_s": (spent[COMPUTE] - (communication or 0.0)) / self._steps,
+        }
+        if communication is not None:
+            found["communication_s"] = communication / self._steps
+        found["checkpoint_s"] = spent["checkpoint"] / self._steps
+        self._close_window()
+        return found
+
+    def totals(self) -> dict[str, float]:
+        """Seconds of this start by kind, as `data_s`, `compute_s`, ...; they add up to its wall-clock time.
+
+        `communication_s` is absent where it isn't known; it is then part of `compute_s`.
+        """
+        self._switch(self._kind)
+        spent = {kind: self._before[kind] + self._window[kind] for kind in KINDS}
+        known = self._communication_before is not None and self._communication is not None
+        communication = (self._communication_before or 0.0) + (self._communication or 0.0) if known else None
+        communication = self._exposed(spent, communication)
+        found = {f"{kind}_s": seconds for kind, seconds in spent.items()}
+        if communication is not None:
+            found["compute_s"] -= communication
+            found["communication_s"] = communication
+        return found
+
+    def lap(self) -> float:
+        """Wall-clock seconds since the last call, or since the beginning."""
+        now = self._now()
+        passed, self._lapped = now - self._lapped, now
+        return passed
+
+    def _exposed(self, spent: dict[str, float], communication: float | None) -> float | None:
+        # Timed on the device, so it can run ahead of what the host has spent.
+        return None if communication is None else min(communication, spent[COMPUTE])
+
+    def _close_window(self) -> None:
+        for kind in KINDS:
+            self._before[kind] += self._window[kind]
+        if self._communication is None or self._communication_before is None:
+            self._communication_before = None
+        else:
+            self._communication_before += self._communication
+        self._begin_window()
+
+    def _switch(self, kind: str) -> str:
+        now = self._now()
+        before = self._kind
+        self._window[before] += now - self._since
+        self._kind, self._since = kind, now
+        return before
+
+
+class _Measure:
+    """A class and not a generator: entering and leaving takes well under a microsecond."""
+
+    __slots__ = ("_clock", "_kind", "_outer")
+
+    def __init__(self, clock: StepClock, kind: str) -> None:
+        self._clock = clock
+        self._kind = kind
+        self._outer: list[str] = []
+
+    def __enter__(self) -> None:
+        self._outer.append(self._clock._switch(self._kind))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clock._switch(self._outer.pop())

@@ -1,0 +1,158 @@
+"""First values of a `transformers` model: a pure function of the seed, wherever the model lies."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from strategies.errors import ConfigError
+
+_FLAG = "_is_hf_initialized"
+"""By this attribute transformers knows what it needn't initialise."""
+_aten = torch.ops.aten
+_RANDOM = {_aten.normal_.default, _aten.uniform_.default, _aten.bernoulli_.float, _aten.exponential_.default}
+
+
+class DrawnOnCPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Draws every random tensor whole, with CPU's generator, and puts it where it belongs.
+
+    So an initialisation gives the same numbers on every device, and each rank of a sharded model
+    (DTensor) gets its part of what one process would have drawn.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _RANDOM or (args[0].device.type == "cpu" and type(args[0]) is Tensor):
+            return func(*args, **(kwargs or {}))
+        target = args[0]
+        drawn = torch.empty(target.shape, dtype=target.dtype, device="cpu")
+        func(drawn, *args[1:], **(kwargs or {}))
+        put(target, drawn)
+        return target
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy a whole `value` into `target`, which may be sharded (each rank has the same `value`)."""
+    with torch.no_grad():
+        mesh = getattr(target, "device_mesh", None)
+        if mesh is None:
+            target.copy_(value)
+            return
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        assert isinstance(target, DTensor)
+        # src_data_rank=None: every rank cuts its own part, nothing is sent.
+        moved = value.to(target.device, target.dtype)
+        target.to_local().copy_(distribute_tensor(moved, mesh, target.placements, src_data_rank=None).to_local())
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """Give a `transformers` model (with or without adapters of `peft`) fresh values.
+
+    Weights come from the architecture's own rules; buffers that aren't stored, such as rotary
+    frequencies, are computed again, and tied weights are tied.
+
+    Args:
+        model: with storage, sharded or not.
+        seed: decides every value; the global random stream isn't touched.
+
+    Raises:
+        ConfigError: the architecture says of some weight nothing.
+    """
+    base = bare(model)
+    base.tie_weights()
+    _unmark(base)
+    _mark_aliases(base)
+    _mark_adapters(base)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.fill_(float("nan"))
+    with _drawing(seed):
+        base.initialize_weights()
+        _reset_adapters(model)
+    _check_complete(model)
+
+
+def initialise_adapters(model: nn.Module, seed: int) -> None:
+    """Give only the adapters fresh values; the global random stream isn't touched."""
+    with _drawing(seed):
+        _reset_adapters(model)
+
+
+def copy_values(target: nn.Module, source: nn.Module) -> None:
+    """Copy every parameter and buffer of `source`, also those that aren't stored, into `target`.
+
+    Args:
+        target: with storage, sharded or not; names as in `source`.
+        source: whole, the same on every rank.
+    """
+    bare(target).tie_weights()
+    values: Mapping[str, Tensor] = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in (*target.named_parameters(), *target.named_buffers()):
+        put(tensor.detach(), values[name].detach())
+
+
+def bare(model: nn.Module) -> Any:
+    """The `transformers` model inside that of `peft`."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+@contextlib.contextmanager
+def _drawing(seed: int) -> Iterator[None]:
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        with DrawnOnCPU():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+def _reset_adapters(model: Any) -> None:
+    for module in model.modules():
+        if hasattr(module, "reset_lora_parameters"):
+            for name in module.active_adapters:
+                module.reset_lora_parameters(name, True)
+
+
+def _unmark(model: nn.Module) -> None:
+    for part in (*model.modules(), *model.parameters(), *model.buffers()):
+        if getattr(part, _FLAG, False):
+            delattr(part, _FLAG)
+
+
+def _mark_aliases(model: Any) -> None:
+    """A head tied to the embedding mustn't be initialised as a head, over the embedding's values."""
+    aliases = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    for name in {alias.rpartition(".")[0] for alias in aliases}:
+        module = model.get_submodule(name)
+        own = [f"{name}.{key}" for key, _ in module.named_parameters(recurse=False)]
+        if own and all(key in aliases for key in own):
+            setattr(module, _FLAG, True)
+
+
+def _mark_adapters(model: Any) -> None:
+    """Adapters have rules of their own, and the frozen values are to be those of the model without them."""
+    for layer in model.modules():
+        if hasattr(layer, "reset_lora_parameters"):
+            for name in layer.adapter_layer_names:
+                for module in getattr(layer, name).modules():
+                    setattr(module, _FLAG, True)
+
+
+def _check_complete(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+        if bool(torch.isnan(local.detach()).any()):
+            raise ConfigError(
+                f"HFModel: {type(bare(model)).__name__} has no rule for the first value of {name!r}. "
+                "Use a strategy that builds models plainly, such as ddp, or a pretrained model (strategy, model.path)."
+            )

@@ -1,0 +1,85 @@
+"""Small things around `transformers` and `peft`: silence, one-line errors, what is installed."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from strategies.errors import ConfigError
+
+
+def check_flash() -> None:
+    why = None
+    if not torch.cuda.is_available():
+        why = "needs a CUDA device"
+    elif importlib.util.find_spec("flash_attn") is None:
+        why = "needs the package flash-attn, which is not installed"
+    if why is not None:
+        raise ConfigError(f"HFModel: attention=flash_attention_2 {why}. Use sdpa or auto (model.attention).")
+
+
+def first_number(config: Any, *names: str, default: int) -> int:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            return value
+    return default
+
+
+def known_positions(model: Any) -> int | None:
+    """How many positions a model of `transformers` knows; None: any number.
+
+    Raises:
+        ConfigError: none is left for tokens.
+    """
+    config = model.config.get_text_config()
+    limit = asked = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding token's number.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limit -= module.padding_idx + 1
+    if limit < 1:
+        raise ConfigError(
+            f"HFModel: no position is left of max_position_embeddings={asked}, since {config.model_type} counts from "
+            "behind the padding token's number. Raise it (model.config.max_position_embeddings)."
+        )
+    return int(limit)
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    known = sorted(choices)
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"Nearest: {', '.join(near)}" if near else f"Choices: {', '.join(known[:40])}"
+
+
+def line(error: BaseException, *, last: bool = False) -> str:
+    """The first sentence of an error, without its stop; strict dataclasses say what matters in their last line."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    return lines[-1].rstrip(".") if last else re.split(r"\.(?:\s|$)", lines[0], maxsplit=1)[0]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the notes and progress bars of transformers; its errors come as exceptions."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,165 @@
+"""Everything that a run says of itself: display, log lines, `metrics.jsonl`, loggers, summary and plots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from strategies.base import Batch
+from strategies.world import World
+from trainer.assembly import Parts
+from trainer.metrics.base import AbstractLogger
+from trainer.metrics.clock import StepClock
+from trainer.metrics.display import Display
+from trainer.metrics.jsonl import MetricsFile
+from trainer.metrics.loggers import Loggers
+from trainer.metrics.memory import peak_memory_mib
+from trainer.metrics.plots import write_plots
+from trainer.metrics.summary import summary_table, write_summary
+from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
+from trainer.progress import Progress
+
+_STARTS = "starts.jsonl"
+
+
+def draw_plots(folder: Path, say: Callable[[str], None]) -> list[Path]:
+    """Draw the plots of the run in `folder`, with a mark wherever it went on after a stop; the files."""
+    starts = folder / _STARTS
+    lines = starts.read_text().splitlines() if starts.is_file() else []
+    resumes = [step for line in lines if (step := json.loads(line)["step"]) > 0]
+    return write_plots(folder, resumes, say)
+
+
+class Observer:
+    """Used on every rank alike; only rank 0 shows and writes, the others keep their log file."""
+
+    def __init__(
+        self, folder: Path, world: World, loggers: Mapping[str, AbstractLogger], config: Mapping[str, Any]
+    ) -> None:
+        self.clock = StepClock()
+        self._folder = folder
+        self._world = world
+        self._config = config
+        self._display = Display(None, world.rank)
+        self._loggers = Loggers(loggers if world.rank == 0 else {}, self.say)
+        self._file: MetricsFile | None = None
+
+    def say(self, text: str) -> None:
+        """A line for the person at the terminal."""
+        self._display.message(text)
+
+    def open(self, progress: Progress, parts: Parts, changes: Sequence[str]) -> None:
+        """The run is about to take its first step of this start.
+
+        Args:
+            progress: where it goes on from.
+            parts: what it works with.
+            changes: in the configuration since the last start.
+
+        Raises:
+            ConfigError: a logger's library is missing; on every rank.
+        """
+        with self._world.together():
+            self._loggers.open(self._folder, self._config, progress.step)
+            if self._world.rank == 0:
+                self._file = MetricsFile(self._folder / "metrics.jsonl", progress.step)
+                self._note_start(progress.step, changes)
+        self._display.set_total(parts.total_steps, progress.step)
+        self._display.start()
+        self._num_parameters, self._num_trainable = parts.num_parameters, parts.num_trainable
+        plan = parts.plan
+        self._global_batch = plan.micro_batch * plan.accumulation * self._world.data_size
+        self._peak_flops = peak_flops(self._world.device, parts.plan.precision.numbers)
+        self.clock.lap()
+
+    def advance(self, step: int) -> None:
+        """A step was done; cheap."""
+        self._display.advance(step)
+
+    def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
+        """A step's numbers, with its times and memory added; the same on every rank but for the times."""
+        found = {**numbers, **self.clock.window(), "memory_mib": peak_memory_mib(self._world.device)}
+        if progress.tokens == 0 and "step_s" in found:  # what is trained has no tokens
+            del found["tokens_per_s"]
+            found["samples_per_s"] = self._global_batch / found["step_s"]
+        if self._peak_flops is not None and "tokens_per_s" in found:
+            per_token = training_flops_per_token(self._num_parameters, num_trainable=self._num_trainable)
+            found["mfu"] = flops_utilisation(found["tokens_per_s"], per_token, self._peak_flops, self._world.size)
+        self._display.step(progress.step, found)
+        self._write(progress.step, found)
+        return found
+
+    def evaluated(self, progress: Progress, numbers: Mapping[str, float]) -> None:
+        """Numbers of an evaluation."""
+        self._display.evaluated(progress.step, numbers)
+        self._write(progress.step, numbers)
+
+    def evaluating(self, batches: Iterable[Batch], total: int) -> Iterator[Batch]:
+        """`batches`, shown as they go by."""
+        self._display.evaluation(0, total)
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            self._display.evaluation(min(done, total), total)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around the writing of a checkpoint."""
+        self._display.checkpoint(done=False)
+        try:
+            yield
+        finally:
+            self._display.checkpoint(done=True)
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """A text for the loggers."""
+        self._loggers.text(step, name, text)
+
+    def rolled_back(self, progress: Progress) -> None:
+        """Drop what was written after `progress.step`."""
+        if self._file is not None:
+            self._file.rewind(progress.step)
+        self._loggers.rewind(progress.step)
+
+    def finish(self, progress: Progress, reason: str, *, stopped: bool) -> None:
+        """Write the summary and the plots, and show them."""
+        peak = self._world.reduce([peak_memory_mib(self._world.device)], "max")[0]
+        progress.seconds += self.clock.lap()
+        if self._world.rank == 0:
+            summary = write_summary(
+                self._folder,
+                reason=reason,
+                progress=progress.to_json(),
+                times=self.clock.totals(),
+                peak_memory_mib=peak,
+                more={"num_parameters": self._num_parameters, "world_size": self._world.size},
+            )
+            draw_plots(self._folder, self.say)
+            self._display.close()
+            self._display.show(summary_table(summary, self._folder))
+        self.say(f"{reason}; the same command goes on" if stopped else reason)
+
+    def _note_start(self, step: int, changes: Sequence[str]) -> None:
+        start = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "world_size": self._world.size,
+            "changes": list(changes),
+        }
+        with (self._folder / _STARTS).open("a") as file:
+            file.write(json.dumps(start) + "\n")
+
+    def close(self) -> None:
+        """Flush and leave the terminal as it was; may be called twice."""
+        self._display.close()
+        self._loggers.close()
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(step, numbers)
+        self._loggers.log(step, numbers)

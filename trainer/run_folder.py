@@ -1,0 +1,183 @@
+"""One folder for a run: chosen once, agreed by all ranks, and what lies in it besides the training's own files."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+
+from strategies.errors import ConfigError
+from strategies.world import Launch, World, open_store, publish
+
+_IDENTITY = ("model", "data", "optimizer", "schedule", "precision", "seed")
+_SECRET = re.compile(r"(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)
+_PACKAGES = ("shardwright", "torch", "transformers", "datasets", "accelerate", "hydra-core", "omegaconf", "numpy",
+             "safetensors", "tokenizers", "peft", "deepspeed", "horovod")  # fmt: skip
+
+
+class RunFolder:
+    """The run's folder, held by this run alone until `close`."""
+
+    def __init__(self, path: Path, launch: Launch) -> None:
+        self.path = path
+        self._lock = FileLock(path / ".lock") if launch.rank == 0 else None
+
+    @classmethod
+    def claim(cls, directory: str | None, name: str) -> RunFolder:
+        """Rank 0 decides, makes and locks the folder; every rank gets the same. Needs no process group.
+
+        Args:
+            directory: `run.dir`; None: `runs/<name>` below the working directory of rank 0.
+            name: used where `directory` is None.
+
+        Raises:
+            ConfigError: it can't be made or written, or another run holds it; on every rank.
+        """
+        launch = Launch.from_env()
+        held: list[RunFolder] = []
+
+        def decide() -> str:
+            folder = cls(Path(directory or Path("runs") / name).expanduser().absolute(), launch)
+            folder._make()
+            held.append(folder)
+            return str(folder.path)
+
+        path = publish(open_store(launch), launch, "run_folder", decide)
+        return held[0] if held else cls(Path(path), launch)
+
+    def _make(self) -> None:
+        assert self._lock is not None
+        try:
+            for part in ("logs", "checkpoints", "plots"):
+                (self.path / part).mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise ConfigError(
+                f"Run: another run is writing to {self.path}. Wait for it, or choose another folder (run.dir)."
+            ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"Run: the folder {self.path} can't be written: {error.strerror}. Choose another (run.dir)."
+            ) from error
+
+    def begin(self, config: Mapping[str, Any], world: World) -> list[str]:
+        """Write `config.yaml` and `environment.json`; on rank 0.
+
+        Returns:
+            What changed in the configuration since the last start, one line each; empty at first.
+        """
+        import yaml
+
+        stored = self.path / "config.yaml"
+        changes: list[str] = []
+        if stored.is_file():
+            changes = differences(yaml.safe_load(stored.read_text()) or {}, config)
+        stored.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        (self.path / "environment.json").write_text(json.dumps(describe_environment(world), indent=1))
+        return changes
+
+    def close(self) -> None:
+        """Let go of the folder; may be called twice."""
+        if self._lock is not None:
+            self._lock.release()
+
+
+def run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
+    """A name that is the same for the same job: what is trained, on what, and a digest of how.
+
+    How long, how often logged, and how spread doesn't count, so that these may change between starts.
+    """
+    trained = {key: config.get(key) for key in _IDENTITY}
+    trained["global_batch"] = config.get("trainer", {}).get("global_batch")
+    digest = hashlib.sha256(json.dumps(trained, sort_keys=True, default=str).encode()).hexdigest()[:6]
+    return f"{choices.get('model', 'model')}-{choices.get('data', 'data')}-{digest}"
+
+
+def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration with the values of secret-sounding keys replaced."""
+
+    def clean(key: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {inner: clean(str(inner), item) for inner, item in value.items()}
+        if isinstance(value, list):
+            return [clean(key, item) for item in value]
+        return "***" if value is not None and isinstance(value, str) and _SECRET.search(key) else value
+
+    return {key: clean(key, value) for key, value in config.items()}
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for each leaf that differs."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+    ]
+
+
+_ABSENT = object()
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if not isinstance(tree, Mapping) or not tree:
+        return [(prefix, tree)]
+    return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def describe_environment(world: World) -> dict[str, Any]:
+    """Versions, machine, commit: what somebody needs to know who looks at this run in a year."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": sys.version.split()[0],
+        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": os.cpu_count(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
+        "cuda": torch.version.cuda,
+        "world_size": world.size,
+        "command": sys.argv,
+        "git": git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of the working directory, `+` where files differ from it; None outside of git."""
+    try:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit.stdout.strip()
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """` Nearest: a, b.` for an error message, or all choices where nothing is near."""
+    near = difflib.get_close_matches(word, choices, n=3)
+    return f"Nearest: {', '.join(near)}." if near else f"Choices: {', '.join(sorted(choices))}."

@@ -1,0 +1,290 @@
+"""What lives between the start and the end of a `fit`, and each thing that the loop does with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+
+from strategies.base import Batch, LossSum, LossTerms, StepInfo
+from strategies.errors import TrainingError
+from trainer.assembly import assemble, workers_of
+from trainer.data import evaluation_batches
+from trainer.ema import WeightAverage
+from trainer.evaluation import as_ratios, evaluate_batches
+from trainer.feed import Feed, GlobalStep
+from trainer.hooks.base import Moment
+from trainer.job import Job
+from trainer.keeper import Keeper
+from trainer.observer import Observer
+from trainer.progress import Progress
+from trainer.stop import StopRequest, seconds
+
+if TYPE_CHECKING:
+    from trainer.trainer import Trainer
+
+_PATIENCE = 100
+"""Steps skipped in a row after which a run counts as diverged."""
+_MAX_ROLLBACKS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    progress: Progress
+    reason: str
+    stopped: bool
+    """Before its end, with a checkpoint: the same command goes on."""
+    metrics: dict[str, float]
+    """The newest numbers."""
+
+
+class Session:
+    """The parts of one `fit` in use. Used as a context: leaving it closes what it opened."""
+
+    def __init__(self, trainer: Trainer, job: Job) -> None:
+        self.trainer = trainer
+        self.job = job
+        self.world = job.world
+        self.strategy = job.strategy
+        self.progress = Progress()
+        self.metrics: dict[str, float] = {}
+        self.reason: str | None = None
+        self._stopped = False
+        self._begun_at = 0
+        self._saved_at: int | None = None
+        self._evaluated_at: int | None = None
+        self._skips = torch.zeros(2, device=self.world.device)  # not yet read; in a row
+        self._unreported = 0
+
+    def __enter__(self) -> Session:
+        self.request = StopRequest(seconds(self.trainer.max_time, "trainer.max_time"))
+        self.observer = Observer(self.job.folder, self.world, self.job.loggers, self.job.config)
+        self.clock = self.observer.clock
+        self.request.listen()
+        try:
+            self.parts = assemble(self.trainer, self.job, self.observer.say)
+        except BaseException:
+            self._close()
+            raise
+        self.model, self.optimizer = self.parts.model, self.parts.optimizer
+        decay = self.trainer.ema_decay
+        self.average = None if decay is None else WeightAverage(decay)
+        self.keeper = Keeper(job=self.job, parts=self.parts, average=self.average, say=self.observer.say)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.parts.loader.close()
+        self._close()
+
+    def _close(self) -> None:
+        self.observer.close()
+        self.request.close()
+
+    def start(self) -> None:
+        """Go on from a checkpoint if there is one, and say what is about to happen."""
+        say = self.observer.say
+        found = self.keeper.to_resume()
+        if found is not None:
+            self.progress = self.keeper.load(found)
+            self._saved_at = self.progress.step
+            say(f"going on from {found} (step {self.progress.step})")
+            for change in self.job.changes:
+                say(f"changed since the last start: {change}")
+        if self.average is not None and not self.average.tensors():
+            self.average.update(self.keeper.state().weights)
+        self._begun_at = self.progress.step
+        self._feed = Feed(self.parts.loader.steps(self.progress.samples), self.world, self.request)
+        say(self.parts.describe(self.job, self.trainer.global_batch))
+        self.observer.open(self.progress, self.parts, self.job.changes)
+        self._call_hooks("on_start")
+
+    def next_step(self) -> GlobalStep | None:
+        """The next step's input; None: a limit is reached, or all ranks agreed to stop."""
+        if self.reason is None and self.parts.total_steps is not None and self.progress.step >= self.parts.total_steps:
+            self.reason = f"reached step {self.progress.step} ({self.parts.limit})"
+        if self.reason is not None:
+            return None
+        with self.clock.measure("data"):
+            step = self._feed.next()
+        if step.stop is not None:
+            self.reason, self._stopped = f"stopped by {step.stop}", True
+            return None
+        return step
+
+    def set_learning_rate(self) -> None:
+        """A pure function of the step."""
+        factor = self.job.schedule.factor(self.progress.step, self.parts.total_steps)
+        for group, rate in zip(self.optimizer.param_groups, self.parts.rates, strict=True):
+            group["lr"] = rate * factor
+
+    def count(self, step: GlobalStep, info: StepInfo) -> None:
+        """Book a step that was taken; reads nothing from the device."""
+        self.progress.step += 1
+        self.progress.samples += self.trainer.global_batch
+        self.progress.tokens += step.tokens
+        flag = info.skipped.to(self._skips.dtype)
+        self._skips = torch.stack([self._skips[0] + flag, (self._skips[1] + 1) * flag])
+        if self.average is not None:
+            self.average.update(self.keeper.state().weights)
+        self.clock.step_done(info.communication_s, tokens=step.tokens)
+        self.observer.advance(self.progress.step)
+
+    def due(self, every: int | None) -> bool:
+        """Whether something that happens every `every` steps happens now."""
+        return every is not None and self.progress.step % every == 0
+
+    def due_to_log(self) -> bool:
+        """The first and the last step are logged too."""
+        edge = self.progress.step in (1, self.parts.total_steps)
+        return edge or self.due(self.trainer.log_every)
+
+    def log(self, step: GlobalStep, losses: LossSum, info: StepInfo) -> None:
+        """Read the step's numbers from the device, reduce and show them; act on steps that weren't finite."""
+        names = sorted(losses.metrics)
+        mine = [losses.loss, *(part for name in names for part in losses.metrics[name]), info.grad_norm]
+        *sums, norm = torch.stack([value.double() for value in mine]).tolist()
+        loss, *rest = self.world.reduce(sums)
+        self._read_skips()
+        self.metrics |= self.observer.log(
+            self.progress,
+            {
+                "loss": loss / step.targets,
+                "grad_norm": norm,
+                "lr": float(self.optimizer.param_groups[0]["lr"]),
+                **as_ratios(names, rest),
+                "tokens": self.progress.tokens,
+                "samples": self.progress.samples,
+                "epoch": self.progress.samples / len(self.parts.data.train),
+                "skipped": self.progress.skipped,
+            },
+        )
+        self._call_hooks("on_log")
+        if self._unreported:
+            self._not_finite()
+
+    def _read_skips(self) -> None:
+        skipped, in_a_row = (int(value) for value in self._skips.tolist())
+        self._skips[0] = 0
+        self.progress.skipped += skipped
+        self._unreported += skipped
+        if in_a_row >= _PATIENCE:
+            raise TrainingError(
+                f"Trainer: {in_a_row} steps in a row had a gradient that isn't finite. Lower optimizer.lr, "
+                "or use precision=bf16 (optimizer.lr, precision)."
+            )
+
+    def _not_finite(self) -> None:
+        skipped, self._unreported = self._unreported, 0
+        where = f"{skipped} step(s) up to {self.progress.step} had a gradient that isn't finite"
+        policy = self.trainer.on_nonfinite.name
+        if policy == "skip":
+            self.observer.say(f"{where}: skipped, nothing was updated")
+        elif policy == "stop":
+            raise TrainingError(
+                f"Trainer: {where}. Lower optimizer.lr, or go on over such steps with "
+                "trainer.on_nonfinite=skip (trainer.on_nonfinite)."
+            )
+        else:
+            self._roll_back(where)
+
+    def _roll_back(self, where: str) -> None:
+        newest = self.keeper.files.newest()
+        if newest is None or self.progress.rollbacks >= _MAX_ROLLBACKS:
+            why = "there is no checkpoint to go back to" if newest is None else f"after {_MAX_ROLLBACKS} rollbacks"
+            raise TrainingError(
+                f"Trainer: {where}, {why}. Lower optimizer.lr, or write checkpoints more often "
+                "(optimizer.lr, checkpoint.every)."
+            )
+        came_to = self.progress
+        self.progress = self.keeper.load(newest)
+        self._saved_at = self.progress.step
+        # What was consumed stays consumed: going over the same samples would end in the same place.
+        self.progress.samples, self.progress.tokens = came_to.samples, came_to.tokens
+        self.progress.skipped, self.progress.rollbacks = came_to.skipped, came_to.rollbacks + 1
+        self.observer.rolled_back(self.progress)
+        self.observer.say(f"{where}: back to step {self.progress.step}, going on with the samples after those")
+
+    def evaluate(self, limit: int | None) -> None:
+        """Evaluate on the same `limit` validation samples each time; None: on all."""
+        if self.parts.data.validation is None:
+            return
+        with self.clock.measure("evaluation"):
+            found = {f"val_{name}": value for name, value in self._evaluated(limit).items()}
+            if self.average is not None:
+                with self.average.swapped(self.keeper.state().weights):
+                    found |= {f"ema_val_{name}": value for name, value in self._evaluated(limit).items()}
+        self._evaluated_at = None if limit is not None else self.progress.step
+        self.metrics |= found
+        self.observer.evaluated(self.progress, found)
+        self._call_hooks("on_evaluate")
+
+    def _evaluated(self, limit: int | None) -> dict[str, float]:
+        samples, world = self.parts.data.validation, self.world
+        assert samples is not None
+        batches = evaluation_batches(
+            samples,
+            self.trainer.collate,
+            micro_batch=self.parts.plan.micro_batch,
+            data_rank=world.data_rank,
+            data_size=world.data_size,
+            seed=self.job.seed,
+            limit=limit,
+            workers=workers_of(self.job),
+        )
+        chosen = len(samples) if limit is None else min(limit, len(samples))
+        shown = self.observer.evaluating(batches, -(-chosen // world.data_size) // self.parts.plan.micro_batch)
+        return evaluate_batches(self.strategy, self.model, world, shown, self._scored)
+
+    def _scored(self, outputs: object, batch: Batch) -> LossTerms:
+        terms = self.trainer.loss(outputs, batch)
+        terms.metrics = {**terms.metrics, **self.trainer.metrics(outputs, batch)}
+        return terms
+
+    def save(self) -> None:
+        """Write a checkpoint, unless this very step has one."""
+        if self._saved_at == self.progress.step:
+            return
+        with self.clock.measure("checkpoint"), self.observer.saving():
+            self._read_skips()
+            self.progress.seconds += self.clock.lap()
+            took = self.keeper.save(self.progress)
+        self._saved_at = self.progress.step
+        self.observer.say(f"checkpoint at step {self.progress.step} ({took:.2f} s)")
+
+    def finish(self) -> Outcome:
+        """Evaluate on everything, write the last checkpoint, and say how it went."""
+        assert self.reason is not None
+        if self.progress.step > self._begun_at:
+            if not self._stopped and self._evaluated_at != self.progress.step:
+                self.evaluate(None)
+            self.save()
+            self._call_hooks("on_end")
+        elif not self._stopped:
+            self.observer.say(f"nothing left to do: {self.reason}; raise the limit to go on")
+        self.observer.finish(self.progress, self.reason, stopped=self._stopped)
+        return Outcome(progress=self.progress, reason=self.reason, stopped=self._stopped, metrics=self.metrics)
+
+    def _call_hooks(self, name: str) -> None:
+        if not self.job.hooks:
+            return
+        moment = Moment(
+            progress=self.progress,
+            metrics=self.metrics,
+            world=self.world,
+            folder=self.job.folder,
+            predict=lambda batch: self.strategy.predict(self.model, batch.to(self.world.device)),
+            tokenizer=self.parts.data.tokenizer,
+            say=self.observer.say,
+            log_text=lambda title, text: self.observer.text(self.progress.step, title, text),
+        )
+        with self.clock.measure("hooks"):
+            for hook in self.job.hooks.values():
+                reason = getattr(hook, name)(moment)
+                if reason is not None and self.reason is None:
+                    self.reason = reason

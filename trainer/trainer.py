@@ -1,0 +1,142 @@
+"""The training loop, and what a user overrides to train something of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import nn
+
+from strategies.base import Batch, LossTerms, Ratio
+from strategies.errors import ConfigError
+from trainer.data.base import Data, Sample
+from trainer.job import Job
+from trainer.models.base import Task
+from trainer.session import Outcome, Session
+from trainer.stop import seconds
+
+
+class NonFinite(Enum):
+    """What to do when a step's gradient norm isn't finite. Such a step never changes the weights."""
+
+    skip = "skip"
+    stop = "stop"
+    rollback = "rollback"
+
+
+@dataclass(kw_only=True)
+class Trainer:
+    """Trains a model under any strategy.
+
+    Override `make_model`, `make_data`, `collate`, `loss` or `metrics` to train something of your own,
+    and add fields for its settings: a subclass that is a keyword-only dataclass is its own schema, so
+    that `trainer.my_field=3` works on the command line.
+
+        @dataclass(kw_only=True)
+        class Mine(Trainer):
+            hidden: int = 64
+
+            def make_model(self) -> nn.Module:
+                return MyModule(self.hidden)
+
+        run(Mine)
+    """
+
+    max_steps: int | None = None
+    """Optimizer steps in all, over every start. The first limit that is reached ends the run."""
+    max_epochs: float | None = None
+    """Passes over the training samples in all."""
+    max_tokens: int | None = None
+    """Real tokens in all."""
+    max_time: int | float | str | None = None
+    """Of this start: seconds, `30m`, `2h` or `HH:MM:SS`; then a checkpoint is written and the exit code is 75."""
+    global_batch: int = 32
+    """Samples per optimizer step, over all ranks."""
+    micro_batch: int | None = None
+    """Samples that one rank takes at a time; null: the most that fits. Accumulation follows from it."""
+    clip_norm: float | None = 1.0
+    """Largest L2 norm of the gradient over all parameters and ranks; null: no clipping."""
+    log_every: int = 10
+    """Optimizer steps between logged lines."""
+    eval_every: int | None = None
+    """Optimizer steps between evaluations; null: only at the end."""
+    eval_samples: int | None = None
+    """Validation samples of an evaluation on the way, the same ones each time; the last one takes all. null: all."""
+    on_nonfinite: NonFinite = NonFinite.skip
+    """When a step's gradient norm isn't finite: skip it, stop, or roll back to the last checkpoint."""
+    ema_decay: float | None = None
+    """Keep a running average of the weights with this decay, and evaluate it too."""
+
+    def __post_init__(self) -> None:
+        for key in ("max_steps", "max_epochs", "max_tokens", "global_batch", "micro_batch", "clip_norm", "log_every",
+                    "eval_every", "eval_samples"):  # fmt: skip
+            value = getattr(self, key)
+            if value is not None and not value > 0:
+                raise ConfigError(
+                    f"Trainer: {key}={value} is not positive. Give a number above 0, or null (trainer.{key})."
+                )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ConfigError(
+                f"Trainer: ema_decay={self.ema_decay} is not between 0 and 1. Try 0.999, or null (trainer.ema_decay)."
+            )
+        seconds(self.max_time, "trainer.max_time")
+        self.task: Task | None = None
+
+    # What a subclass may override.
+
+    def make_model(self) -> nn.Module:
+        """The model; called under the strategy's context, after the seed was set."""
+        raise AssertionError("the model group makes it")
+
+    def make_data(self) -> Data:
+        """The samples; called on every rank, must give the same everywhere."""
+        raise AssertionError("the data group makes it")
+
+    def collate(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        """One micro-batch from samples; randomness only from `seeds`, one number for each."""
+        return self._task("collate").collate(samples, seeds)
+
+    def loss(self, outputs: Any, batch: Batch) -> LossTerms:
+        """The loss **summed** over the counted positions of a micro-batch, never averaged."""
+        return self._task("loss").loss(outputs, batch)
+
+    def metrics(self, outputs: Any, batch: Batch) -> Mapping[str, Ratio]:
+        """More (sum, weight) pairs for evaluation; logged as `val_<name>`."""
+        return {} if self.task is None else self.task.metrics(outputs, batch)
+
+    def _task(self, method: str) -> Task:
+        if self.task is None:
+            raise ConfigError(
+                f"{type(self).__name__}: a Trainer that makes its own model must say its own `{method}`. "
+                f"Override {method}() (trainer)."
+            )
+        return self.task
+
+    # The loop.
+
+    def fit(self, job: Job) -> Outcome:
+        """Train until a limit, a stop signal, or a hook ends it.
+
+        Returns:
+            How it ended; the same on every rank.
+
+        Raises:
+            ConfigError: the job is wrong; on every rank.
+            TrainingError: it can't go on (a checkpoint can't be written, the loss isn't finite).
+        """
+        with Session(self, job) as run:
+            run.start()
+            while (step := run.next_step()) is not None:
+                run.set_learning_rate()
+                losses = run.strategy.forward_backward(run.model, step.batches, self.loss, step.targets)
+                info = run.strategy.step(run.model, run.optimizer)
+                run.count(step, info)
+                if run.due_to_log():
+                    run.log(step, losses, info)
+                if run.due(self.eval_every):
+                    run.evaluate(self.eval_samples)
+                if run.due(job.checkpoints.every):
+                    run.save()
+            return run.finish()
