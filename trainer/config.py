@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,10 +147,10 @@ def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
     # Hydra prints several lines and exits with 1; with this, it raises, and we say it in one.
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
+    call = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(main)
+    program = sys.argv[0]
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(main)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explained(error) from error
+        _opening_dicts(sys.argv[1:], lambda words: _called(call, [program, *words]))
     finally:
         if before is None:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -166,13 +167,47 @@ def compose(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) ->
         ConfigError: as the command line would.
     """
     register_schemas(trainer_class)
-    try:
-        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-            config = hydra.compose("config", overrides=list(overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explained(error) from error
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = _opening_dicts(overrides, lambda words: hydra.compose("config", overrides=list(words)))
     refuse_unknown(config)
     return config
+
+
+def _called(call: Callable[[], None], words: list[str]) -> None:
+    before, sys.argv = sys.argv, words
+    try:
+        call()
+    finally:
+        sys.argv = before
+
+
+def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]], T]) -> T:
+    """Let `model.config.new_key=value` add to a plain dictionary, as people expect; Hydra wants a `+` there.
+
+    Raises:
+        ConfigError: whatever else is wrong.
+    """
+    words = list(overrides)
+    for _ in range(len(words) + 1):
+        try:
+            return compose_with(words)
+        except (HydraException, OmegaConfBaseException) as error:
+            key = _missing_in_dict(error)
+            at = [index for index, word in enumerate(words) if key is not None and word.startswith(f"{key}=")]
+            if not at:
+                raise explained(error) from error
+            words[at[0]] = f"++{words[at[0]]}"
+    raise AssertionError("each turn opens one key")
+
+
+def _missing_in_dict(error: BaseException | None) -> str | None:
+    """The key that is missing in a dictionary without schema, if that is what `error` says."""
+    while error is not None and not isinstance(error, OmegaConfBaseException):
+        error = error.__cause__
+    if error is None or not isinstance(error.parent_node, DictConfig) or not str(error).startswith("Key "):
+        return None
+    free = not dataclasses.is_dataclass(OmegaConf.get_type(error.parent_node))
+    return str(error.full_key) if free else None
 
 
 def made(node: DictConfig) -> Any:

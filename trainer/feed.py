@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -35,17 +36,18 @@ class Feed:
     def next(self) -> GlobalStep:
         """Load, count and agree. Collective."""
         batches = next(self._steps)
-        targets, tokens, signalled, late = self._world.reduce(
+        targets, tokens, signalled, numbers, late = self._world.reduce(
             [
                 sum(batch.num_targets for batch in batches),
                 sum(batch.num_tokens for batch in batches),
-                self._request.signal is not None,
+                self._request.signal != 0,
+                self._request.signal,
                 self._request.out_of_time(),
             ]
         )
         stop = None
         if signalled:
-            stop = self._request.signal or "a signal to another rank"
+            stop = _name(numbers / signalled)
         elif late:
             stop = "the time limit (trainer.max_time)"
         return GlobalStep(
@@ -54,3 +56,11 @@ class Feed:
             tokens=int(tokens),
             stop=stop,
         )
+
+
+def _name(number: float) -> str:
+    """The signal's name: every rank that heard one has told its number, and this is their mean."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "signals"

@@ -24,7 +24,8 @@ class StopRequest:
     """
 
     def __init__(self, max_time_s: float | None) -> None:
-        self.signal: str | None = None
+        self.signal = 0
+        """Number of the signal that was heard; 0: none."""
         self._asked_at = 0.0
         self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
         self._before: dict[int, Any] = {}
@@ -48,10 +49,10 @@ class StopRequest:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if self.signal is not None and now - self._asked_at > _SAME_STOP_S:
+        if self.signal and now - self._asked_at > _SAME_STOP_S:
             os._exit(128 + number)
-        if self.signal is None:
-            self.signal, self._asked_at = signal.Signals(number).name, now
+        if not self.signal:
+            self.signal, self._asked_at = number, now
 
 
 def seconds(value: int | float | str | None, key: str) -> float | None:

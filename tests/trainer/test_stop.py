@@ -35,7 +35,7 @@ def test_request_hears_a_signal_and_gives_it_back() -> None:
     request.listen()
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # the launcher passes on what the terminal has sent already
-    assert request.signal == "SIGTERM"
+    assert request.signal == signal.SIGTERM
     request.close()
     assert signal.getsignal(signal.SIGTERM) is before
 

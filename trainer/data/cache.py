@@ -43,9 +43,10 @@ def on_first_rank(world: World, work: Callable[[], Any]) -> Any:
         ConfigError: `work` raised it on some machine, or two machines came to different results
             (they see different files).
     """
-    occasion = f"data/{next(_occasions)}"
     leader = world.rank - world.local_rank
-    leaders = sorted(set(world.gather(leader)))
+    heard = world.gather([leader, next(_occasions)])
+    leaders = sorted({rank for rank, _ in heard})
+    occasion = f"data/{heard[0][1]}"  # rank 0's count: processes may have had different lives before this run
 
     def publish() -> None:
         try:

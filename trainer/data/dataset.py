@@ -196,9 +196,7 @@ def _text(row: Mapping[str, Any], name: str, key: str, where: str) -> str:
         raise ConfigError(f"{where} has no field {name!r}, only {', '.join(row)}. Name one of them (data.{key}).")
     value = row[name]
     if value is not None and not isinstance(value, str):
-        raise ConfigError(
-            f"{where} has {type(value).__name__} in field {name!r}, not text. Name another (data.{key})."
-        )
+        raise ConfigError(f"{where} has {type(value).__name__} in field {name!r}, not text. Name another (data.{key}).")
     return value or ""
 
 

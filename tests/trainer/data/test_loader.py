@@ -66,9 +66,7 @@ def test_loader_position_need_not_be_a_multiple_of_the_batch() -> None:
 
 
 def test_loader_pointed_back_midway_gives_the_same_steps_from_the_same_workers() -> None:
-    with Loader(
-        Numbers(34), Order(5, SOURCES), collate, seed=5, global_batch=12, micro_batch=3, workers=2
-    ) as loader:
+    with Loader(Numbers(34), Order(5, SOURCES), collate, seed=5, global_batch=12, micro_batch=3, workers=2) as loader:
         steps = loader.steps(0)
         first = [[seen(batch) for batch in next(steps)] for _ in range(3)]
         workers = worker_ids()
@@ -134,9 +132,7 @@ def test_evaluation_visits_each_sample_once_in_equally_many_batches(
 ) -> None:
     ranks = [
         list(
-            evaluation_batches(
-                Numbers(count), collate, micro_batch=3, data_rank=rank, data_size=data_size, limit=limit
-            )
+            evaluation_batches(Numbers(count), collate, micro_batch=3, data_rank=rank, data_size=data_size, limit=limit)
         )
         for rank in range(data_size)
     ]

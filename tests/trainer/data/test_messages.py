@@ -94,9 +94,7 @@ def test_cut_at_answers_template_that_rewrites_the_past_is_refused() -> None:
         ([{"messages": CHAT}], {"template": "{{ raise_exception('no system') }}"}, r"row 1 of train.*no system"),
     ],
 )
-def test_messages_mistakes_are_one_line(
-    rows: list[Any], settings: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_messages_mistakes_are_one_line(rows: list[Any], settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "chats.jsonl", rows)
     with pytest.raises(ConfigError, match=words) as error:
         MessagesData(files=[str(file)], validation=0, **settings).build(world(), tmp_path / "c", lambda _: None)

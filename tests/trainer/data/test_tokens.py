@@ -36,9 +36,7 @@ def test_tokens_of_several_files_are_one_stream(tmp_path: Path) -> None:
 @pytest.mark.parametrize("packing", list(Packing))
 def test_tokens_end_is_held_out_at_a_document(packing: Packing, tmp_path: Path) -> None:
     paths = files(tmp_path)
-    source = TokenData(
-        paths=paths, type=TokenType.uint32, boundary=0, length=6, packing=packing, validation=0.22
-    )
+    source = TokenData(paths=paths, type=TokenType.uint32, boundary=0, length=6, packing=packing, validation=0.22)
     data = build(source, tmp_path / "c")
     assert data.validation is not None
     train, validation = tokens_of(data.train), tokens_of(data.validation)
@@ -47,9 +45,7 @@ def test_tokens_end_is_held_out_at_a_document(packing: Packing, tmp_path: Path) 
 
 
 def test_tokens_without_boundary_are_cut_by_number(tmp_path: Path) -> None:
-    source = TokenData(
-        paths=files(tmp_path), type=TokenType.uint32, isolate_documents=False, length=10, validation=0.1
-    )
+    source = TokenData(paths=files(tmp_path), type=TokenType.uint32, isolate_documents=False, length=10, validation=0.1)
     data = build(source, tmp_path / "c")
     assert data.validation is not None
     assert stream_of(tokens_of(data.train)) + stream_of(tokens_of(data.validation)) == STREAM
