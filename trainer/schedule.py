@@ -14,13 +14,15 @@ from strategies.errors import ConfigError
 class Schedule(ABC):
     """What multiplies `optimizer.lr` at each step: a linear rise over `warmup` steps, then a shape."""
 
-    warmup: int = 0
-    """Optimizer steps over which the rate rises linearly; the first one isn't 0, the last one is full."""
+    warmup: int | float = 0
+    """Optimizer steps over which the rate rises linearly; the first one isn't 0, the last one is full.
+    Below 1, the share of all steps."""
 
     def __post_init__(self) -> None:
-        if self.warmup < 0:
+        if self.warmup < 0 or (self.warmup > 1 and self.warmup != int(self.warmup)):
             raise ConfigError(
-                f"{type(self).__name__}: warmup={self.warmup} is negative. Give 0 or more steps (schedule.warmup)."
+                f"{type(self).__name__}: warmup={self.warmup} is neither a number of steps nor a share below 1. "
+                "Try 100, or 0.03 (schedule.warmup)."
             )
         self._check()
 
@@ -38,19 +40,22 @@ class Schedule(ABC):
         Raises:
             ConfigError: the shape needs `total` and there is none, or the warmup is longer than the run.
         """
-        if total is None and self._needs_total:
+        if total is None and (self._needs_total or 0 < self.warmup < 1):
             raise ConfigError(
                 f"{type(self).__name__}: the schedule needs to know how long the run is, and only a time limit "
-                "ends it. Set trainer.max_steps, or use schedule=constant (trainer.max_steps)."
+                "ends it. Set trainer.max_steps, or use schedule=constant with a warmup in steps (trainer.max_steps)."
             )
         if total is not None and self.warmup > total:
             raise ConfigError(
                 f"{type(self).__name__}: warmup={self.warmup} is longer than the run of {total} steps. "
                 f"Choose {total} at most (schedule.warmup)."
             )
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        return self._shape(step, total)
+        warmup = self._warmup_steps(total)
+        return (step + 1) / warmup if step < warmup else self._shape(step, total)
+
+    @final
+    def _warmup_steps(self, total: int | None) -> int:
+        return round(self.warmup * (total or 0)) if self.warmup < 1 else int(self.warmup)
 
     def _check(self) -> None:
         """Refuse fields out of range."""
@@ -67,8 +72,9 @@ class Schedule(ABC):
     def _done(self, step: int, total: int | None) -> float:
         """The share of the way from the end of the warmup to the last step, in [0, 1]."""
         assert total is not None, "factor() refuses this"
-        steps = total - 1 - self.warmup
-        return 1.0 if steps <= 0 else min(1.0, (step - self.warmup) / steps)
+        warmup = self._warmup_steps(total)
+        steps = total - 1 - warmup
+        return 1.0 if steps <= 0 else min(1.0, (step - warmup) / steps)
 
 
 def _check_share(where: Schedule, key: str, value: float) -> None:
@@ -151,7 +157,7 @@ class WSDSchedule(Schedule):
     def _shape(self, step: int, total: int | None) -> float:
         assert total is not None, "factor() refuses this"
         steps = round(self.decay * total)
-        begin = max(total - steps, self.warmup)
+        begin = max(total - steps, self._warmup_steps(total))
         if step < begin:
             return 1.0
         left = max(total - 1 - step, 0)
@@ -166,7 +172,7 @@ class InverseSqrtSchedule(Schedule):
     Source: Vaswani et al. 2017, section 5.3, scaled so that the warmup ends at 1.
     """
 
-    warmup: int = 1000
+    warmup: int | float = 1000
     """Optimizer steps over which the rate rises linearly, and the time scale of its fall afterwards."""
 
     def _check(self) -> None:

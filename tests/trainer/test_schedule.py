@@ -100,6 +100,7 @@ def test_factor_with_warmup_beyond_total_is_refused(kind: type[Schedule]) -> Non
     ("kind", "fields", "key"),
     [
         (ConstantSchedule, {"warmup": -1}, "schedule.warmup"),
+        (ConstantSchedule, {"warmup": 2.5}, "schedule.warmup"),
         (InverseSqrtSchedule, {"warmup": 0}, "schedule.warmup"),
         (CosineSchedule, {"final_ratio": 1.5}, "schedule.final_ratio"),
         (LinearSchedule, {"final_ratio": -0.1}, "schedule.final_ratio"),
@@ -110,3 +111,11 @@ def test_schedule_with_value_out_of_range_is_refused(kind: type[Schedule], field
     with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as caught:
         kind(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_factor_with_warmup_below_one_takes_that_share_of_the_run() -> None:
+    share, steps = CosineSchedule(warmup=0.05), CosineSchedule(warmup=5)
+    assert [share.factor(step, 100) for step in range(100)] == [steps.factor(step, 100) for step in range(100)]
+    assert CosineSchedule(warmup=0.05).factor(0, 3) == 1.0
+    with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
+        ConstantSchedule(warmup=0.05).factor(0, None)
