@@ -150,11 +150,11 @@ def call(what: str, command: list[str]) -> None:
 
 
 def train(overrides: list[str]) -> int:
-    """Become torchrun with the training script on `PROCESSES` processes."""
+    """Become torchrun's machinery with the training script on `PROCESSES` processes."""
     environment = {"OMP_NUM_THREADS": str(max(1, num_cores() // PROCESSES)), **os.environ}
-    launcher = [str(PYTHON), "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={PROCESSES}"]
+    launcher = [str(PYTHON), "scripts/launch.py", "--nproc-per-node", str(PROCESSES)]
     sys.stdout.flush()
-    os.execve(PYTHON, [*launcher, "scripts/train.py", "run.dir=runs/first", *overrides], environment)
+    os.execve(PYTHON, [*launcher, "run.dir=runs/first", *overrides], environment)
 
 
 def test(arguments: list[str]) -> int:

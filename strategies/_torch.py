@@ -117,7 +117,7 @@ class TorchStrategy(Strategy):
         )
         # Ranks average their gradients: times the number of replicas, that is a sum again.
         weight = world.data_size / total
-        for index, batch in enumerate(batches):
+        for index, batch in enumerate(map(self._in_master_dtype, batches)):
             with self._synchronised(model, last=index == run.plan.accumulation - 1):
                 with run.plan.precision.autocast(world.device):
                     terms = loss_function(model(**batch.inputs), batch)
@@ -132,7 +132,7 @@ class TorchStrategy(Strategy):
 
     @final
     def evaluate(self, model: nn.Module, batch: Batch, loss_function: LossFunction) -> LossSum:
-        world = self._connected
+        world, batch = self._connected, self._in_master_dtype(batch)
         sums = LossSum(loss=torch.zeros((), dtype=torch.float32, device=world.device))
         with torch.no_grad(), self._set_up.plan.precision.autocast(world.device):
             sums.add(loss_function(self._forward_only(model, batch), batch), batch.num_targets)
@@ -141,12 +141,18 @@ class TorchStrategy(Strategy):
     @final
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         with torch.no_grad(), self._set_up.plan.precision.autocast(self._connected.device):
-            return self._forward_only(model, batch)
+            return self._forward_only(model, self._in_master_dtype(batch))
 
     def _forward_only(self, model: nn.Module, batch: Batch) -> Any:
         if model.training:
             model.eval()
         return self._bare(model)(**batch.inputs)
+
+    def _in_master_dtype(self, batch: Batch) -> Batch:
+        """The same batch; with its fractions in double where all is."""
+        if self._set_up.plan.precision.master_dtype is not torch.float64:
+            return batch
+        return batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
     @final
     def step(self, model: nn.Module, optimizer: Optimizer) -> StepInfo:

@@ -167,7 +167,7 @@ def test_train_threads_share_the_cores_unless_set(
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     bootstrap.train(["seed=1"])
     assert started["environment"]["OMP_NUM_THREADS"] == expected
-    assert started["command"][-3:] == ["scripts/train.py", "run.dir=runs/first", "seed=1"]
+    assert started["command"][-5:] == ["scripts/launch.py", "--nproc-per-node", "2", "run.dir=runs/first", "seed=1"]
 
 
 def test_test_failing_step_runs_the_others_and_is_named(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,7 +19,16 @@ from trainer.data.base import Tokenizer
 from trainer.models.base import AbstractModel, Task
 from trainer.models.chunked import use_chunked_head
 from trainer.models.initialise import bare, copy_values, initialise, initialise_adapters
-from trainer.models.library import check_flash, first_number, known_positions, line, nearest, quiet
+from trainer.models.library import (
+    check_flash,
+    config_fields,
+    first_number,
+    known_positions,
+    line,
+    nearest,
+    quiet,
+    sentinels,
+)
 from trainer.models.lora import LoRA, adapted, adapter_config
 from trainer.models.packed import follows_positions, takes_pair_mask
 from trainer.models.tasks import Apart, CausalTask, ClassificationTask, MaskedTask, Seq2SeqTask
@@ -50,7 +58,6 @@ _AUTO_CLASSES = {
     Objective.seq2seq: "AutoModelForSeq2SeqLM",
     Objective.classification: "AutoModelForSequenceClassification",
 }
-_MAX_SENTINELS = 100
 
 
 @final
@@ -189,7 +196,7 @@ class HFModel(AbstractModel):
             return self._masked_task(shared)
         return Seq2SeqTask(
             start=first_number(config, "decoder_start_token_id", "pad_token_id", default=padding),
-            sentinels=self._sentinels(),
+            sentinels=sentinels(self._tokenizer, self._settled.get_text_config().vocab_size),
             share=self.noise,
             **shared,
         )
@@ -243,8 +250,7 @@ class HFModel(AbstractModel):
             ) from error
 
     def _check_fields(self, kind: Any) -> None:
-        known = {item.name for item in dataclasses.fields(kind)} | set(kind.attribute_map)
-        known |= {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "tie_word_embeddings"}
+        known = config_fields(kind)
         for name in self.config:
             if name not in known:
                 raise ConfigError(
@@ -380,22 +386,6 @@ class HFModel(AbstractModel):
             never=(tokenizer.boundary, tokenizer.padding),
             **shared,
         )
-
-    def _sentinels(self) -> tuple[int, ...]:
-        """T5's own tokens for hidden spans; else what the vocabulary has to spare at its end."""
-        tokenizer = self._tokenizer
-        if tokenizer is None:
-            return ()
-        found: list[int] = []
-        while len(found) < _MAX_SENTINELS:
-            token = tokenizer.encode(f"<extra_id_{len(found)}>")
-            if len(token) != 1 or token[0] in found:
-                break
-            found.append(token[0])
-        if found:
-            return tuple(found)
-        last = self._settled.get_text_config().vocab_size - 1
-        return tuple(range(last, max(last - _MAX_SENTINELS, tokenizer.vocabulary_size - 1), -1))
 
 
 def _auto(objective: Objective) -> Any:

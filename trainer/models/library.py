@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import importlib.util
 import re
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 
 from strategies.errors import ConfigError
+from trainer.data.base import Tokenizer
+
+_MAX_SENTINELS = 100
 
 
 def check_flash() -> None:
@@ -23,6 +27,30 @@ def check_flash() -> None:
         why = "needs the package flash-attn, which is not installed"
     if why is not None:
         raise ConfigError(f"HFModel: attention=flash_attention_2 {why}. Use sdpa or auto (model.attention).")
+
+
+def config_fields(kind: Any) -> set[str]:
+    """The names that a configuration class of `transformers` knows; such classes are dataclasses from 5.4 on."""
+    if dataclasses.is_dataclass(kind):
+        known = {item.name for item in dataclasses.fields(kind)}
+    else:
+        known = set(kind().to_dict())
+    special = {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "tie_word_embeddings"}
+    return known | special | set(kind.attribute_map)
+
+
+def sentinels(tokenizer: Tokenizer | None, vocabulary_size: int) -> tuple[int, ...]:
+    """T5's own tokens for hidden spans; else what the vocabulary has to spare at its end."""
+    if tokenizer is None:
+        return ()
+    found: list[int] = []
+    while len(found) < _MAX_SENTINELS:
+        token = tokenizer.encode(f"<extra_id_{len(found)}>")
+        if len(token) != 1 or token[0] in found:
+            break
+        found.append(token[0])
+    last = vocabulary_size - 1
+    return tuple(found or range(last, max(last - _MAX_SENTINELS, tokenizer.vocabulary_size - 1), -1))
 
 
 def first_number(config: Any, *names: str, default: int) -> int:
