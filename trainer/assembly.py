@@ -11,12 +11,15 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from strategies.base import ModelSpec, Plan, Weights
+from strategies.base import ModelSpec, Numbers, Plan, Weights
 from strategies.errors import ConfigError
+from strategies.world import World
 from trainer.data import Loader, Order, accumulation_of
 from trainer.data.base import Data
 from trainer.job import Job
+from trainer.limits import Limits
 from trainer.micro_batch import find_micro_batch
+from trainer.progress import Progress
 from trainer.random_state import derive, seed_all
 
 if TYPE_CHECKING:
@@ -36,20 +39,16 @@ class Parts:
     loader: Loader
     num_parameters: int
     num_trainable: int
-    total_steps: int | None
-    """The step at which the run ends; None: only time decides."""
-    limit: str
-    """The key that says so."""
+    limits: Limits
 
-    def describe(self, job: Job, global_batch: int) -> str:
+    def describe(self, world: World, end: str) -> str:
         """One line for the person at the terminal."""
-        plan, world = self.plan, job.world
-        end = f"until step {self.total_steps}" if self.total_steps is not None else "until the time is up"
+        plan, ranks = self.plan, "rank" if world.size == 1 else "ranks"
         return (
-            f"{self.num_parameters:,} parameters ({self.num_trainable:,} trained) on {world.size} "
-            f"{'rank' if world.size == 1 else 'ranks'} ({world.device.type}); global batch {global_batch} = "
+            f"{self.num_parameters:,} parameters ({self.num_trainable:,} trained) on {world.size} {ranks} "
+            f"({world.device.type}); global batch {self.limits.global_batch} = "
             f"{world.data_size} x {plan.accumulation} x {plan.micro_batch} (ranks x accumulation x micro-batch); "
-            f"{plan.precision.numbers.name}; {end} ({self.limit})"
+            f"{plan.precision.numbers.name}; {end}"
         )
 
 
@@ -59,6 +58,7 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
     Raises:
         ConfigError: some setting is wrong, or two contradict each other; on every rank.
     """
+    _refuse_contradictions(trainer, job)
     data = _make_data(trainer, job, say)
     if job.model is not None:
         with job.world.together():
@@ -67,9 +67,9 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
     share = share_of(trainer.global_batch, job.world.data_size)
     micro_batch = trainer.micro_batch or _find_micro_batch(trainer, job, data, share, say)
     plan = _plan(trainer, job, micro_batch, accumulation_of(trainer.global_batch, micro_batch, job.world.data_size))
+    limits = _limits(trainer, job, data)
+    job.schedule.factor(0, limits.steps_in_all(Progress())[0])  # refuses now what it would refuse at the first step
     model, optimizer, num_parameters, num_trainable = _set_up(trainer, job, plan)
-    total_steps, limit = _steps_in_all(trainer, job, data)
-    job.schedule.factor(0, total_steps)  # refuses now what it would refuse at the first step
     loader = Loader(
         data.train,
         Order(job.seed, list(data.sources) or [(len(data.train), 1.0)]),
@@ -91,8 +91,7 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
         loader=loader,
         num_parameters=num_parameters,
         num_trainable=num_trainable,
-        total_steps=total_steps,
-        limit=limit,
+        limits=limits,
     )
 
 
@@ -170,24 +169,29 @@ def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: C
     return size
 
 
-def _steps_in_all(trainer: Trainer, job: Job, data: Data) -> tuple[int | None, str]:
-    limits: list[tuple[int, str]] = []
-    if trainer.max_steps is not None:
-        limits.append((trainer.max_steps, "trainer.max_steps"))
+def _refuse_contradictions(trainer: Trainer, job: Job) -> None:
+    if job.precision.numbers is Numbers.fp16 and trainer.on_nonfinite.name != "skip":
+        raise ConfigError(
+            f"Trainer: on_nonfinite={trainer.on_nonfinite.name} can't go with precision=fp16, whose search for a loss "
+            "scale overflows now and then. Use skip, or precision=bf16 (trainer.on_nonfinite, precision)."
+        )
+
+
+def _limits(trainer: Trainer, job: Job, data: Data) -> Limits:
+    samples: dict[str, int] = {}
     if trainer.max_epochs is not None:
-        samples = trainer.max_epochs * len(data.train)
-        limits.append((math.ceil(samples / trainer.global_batch), "trainer.max_epochs"))
+        samples["trainer.max_epochs"] = max(1, round(trainer.max_epochs * len(data.train)))
     if trainer.max_tokens is not None:
-        limits.append((math.ceil(trainer.max_tokens / _tokens_per_step(trainer, job, data)), "trainer.max_tokens"))
-    if not limits and trainer.max_time is None:
+        samples["trainer.max_tokens"] = math.ceil(trainer.max_tokens / _tokens_per_sample(trainer, job, data))
+    if trainer.max_steps is None and not samples and trainer.max_time is None:
         raise ConfigError(
             "Trainer: nothing says when to end. Set trainer.max_steps, trainer.max_epochs, trainer.max_tokens "
             "or trainer.max_time (trainer.max_steps)."
         )
-    return min(limits) if limits else (None, "trainer.max_time")
+    return Limits(global_batch=trainer.global_batch, max_steps=trainer.max_steps, max_samples=samples)
 
 
-def _tokens_per_step(trainer: Trainer, job: Job, data: Data) -> float:
+def _tokens_per_sample(trainer: Trainer, job: Job, data: Data) -> float:
     """From samples spread evenly over the data: a pure function of it, so that schedules stay put."""
     seen = min(64, len(data.train))
     with job.world.together():
@@ -198,7 +202,7 @@ def _tokens_per_step(trainer: Trainer, job: Job, data: Data) -> float:
             "Trainer: max_tokens needs batches that say their num_tokens, and they say 0. "
             "Use trainer.max_steps, or fill in Batch.num_tokens (trainer.max_tokens)."
         )
-    return tokens / seen * trainer.global_batch
+    return tokens / seen
 
 
 def _no_fill(model: torch.nn.Module) -> None:

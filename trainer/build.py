@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +13,11 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from strategies.base import Numbers, Precision, Strategy
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, TrainingError
+from strategies.world import World
 from trainer.config import made
 from trainer.job import Job
-from trainer.metrics.logs import set_up_logs
+from trainer.metrics.logs import LOGGER, set_up_logs
 from trainer.run_folder import RunFolder, redacted, run_name
 from trainer.session import Outcome
 from trainer.trainer import Trainer
@@ -42,8 +43,10 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
         _set_numerics(parts["precision"], config.deterministic)
         world = strategy.connect(parts["backend"])
         try:
-            set_up_logs(folder.path, world.rank)
-            changes = world.broadcast(folder.begin(redacted(plain), world) if world.rank == 0 else [])
+            with world.together(), folder.writing():
+                set_up_logs(folder.path, world.rank)
+                if world.rank == 0:
+                    folder.describe(redacted(plain), world)
             job = Job(
                 strategy=strategy,
                 world=world,
@@ -61,9 +64,9 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
                 compile=config.compile,
                 cache=Path(config.cache),
                 config=redacted(plain),
-                changes=tuple(changes),
             )
-            return trainer.fit(job)
+            with _one_traceback(world, folder):
+                return trainer.fit(job)
         finally:
             strategy.close()
 
@@ -76,6 +79,30 @@ def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, st
         yield folder
     finally:
         folder.close()
+
+
+@contextmanager
+def _one_traceback(world: World, folder: RunFolder) -> Iterator[None]:
+    """The first rank that fails shows why; the others, who fail for want of it, say only who that was.
+
+    Raises:
+        TrainingError: another rank failed first, with something that nobody expected.
+    """
+    try:
+        yield
+    except Exception as error:
+        mine = f"rank {world.rank}: {type(error).__name__}: {error}"
+        key = f"failed/{folder.number}"
+        first = mine
+        with suppress(Exception):  # the store may be gone together with that rank
+            first = world.store.compare_set(key, "", mine).decode()
+        if isinstance(error, (ConfigError, TrainingError)):
+            raise
+        LOGGER.exception("failed")
+        if first == mine:
+            raise
+        rank = first.partition(":")[0].replace(" ", "-")
+        raise TrainingError(f"{first} (all of it in {folder.path / 'logs' / rank}.log)") from error
 
 
 _MAKERS = {"model": "make_model", "data": "make_data"}

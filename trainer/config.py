@@ -7,6 +7,7 @@ key and type before anything is built.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -191,7 +192,7 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
     for _ in range(len(words) + 1):
         try:
             return compose_with(words)
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # Hydra's own slips too
             key = _missing_in_dict(error)
             at = [index for index, word in enumerate(words) if key is not None and word.startswith(f"{key}=")]
             if not at:
@@ -273,10 +274,12 @@ def explained(error: Exception) -> ConfigError:
             return _explained_key(inner)
         inner = inner.__cause__
     text = str(error)
-    choice = re.search(r"Could not find '([\w/.-]+)'", text)
+    choice = re.search(r"Could not (?:find|load) '([\w/.-]+)'", text)
     if isinstance(error, MissingConfigException) and choice:
         group, _, option = choice.group(1).rpartition("/")
-        options = re.findall(r"^\t(\S+)$", text.split("Config search path", maxsplit=1)[0], re.MULTILINE)
+        options = [path.stem for path in (CONF / group).glob("*.yaml")]
+        with contextlib.suppress(OSError):  # how Hydra says that code has registered none
+            options += [name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)]
         return ConfigError(
             f"Configuration: {group}={option} is not a choice. {nearest(option, options)} ({group or option})"
         )

@@ -42,5 +42,3 @@ class Job:
     cache: Path = Path("~/.cache/shardwright")
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration with secrets redacted; kept with each checkpoint."""
-    changes: tuple[str, ...] = ()
-    """What changed in it since the run's last start."""

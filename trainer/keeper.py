@@ -18,6 +18,7 @@ from trainer.ema import WeightAverage
 from trainer.job import Job
 from trainer.progress import Progress
 from trainer.random_state import capture, derive, restore, seed_all
+from trainer.run_folder import differences
 
 
 @dataclass(kw_only=True)
@@ -71,11 +72,8 @@ class Keeper:
                     "Choose another run.dir, or resume=auto (resume)."
                 )
             return None
-        path = Path(wish).expanduser().absolute()
-        if (path / "checkpoints").is_dir():
-            other = Checkpointer(path / "checkpoints", self.job.world, self.job.checkpoints).newest()
-            if other is None:
-                raise ConfigError(f"Run: {path} holds no complete checkpoint. Name another folder, or auto (resume).")
+        path = Path(self.job.world.broadcast(str(Path(wish).expanduser().absolute())))
+        if other := Checkpointer(path / "checkpoints", self.job.world, self.job.checkpoints).newest():
             path = other
         if newest is None or path == newest:
             return path
@@ -86,8 +84,11 @@ class Keeper:
             )
         return newest  # started from `path` once, and has come further since
 
-    def load(self, path: Path) -> Progress:
+    def load(self, path: Path) -> tuple[Progress, list[str]]:
         """Take up the checkpoint at `path`, whichever strategy and however many ranks wrote it.
+
+        Returns:
+            How far it had come, and what changed in the configuration since, one line each.
 
         Raises:
             ConfigError: it is damaged, or of another model or optimizer; on every rank.
@@ -113,7 +114,7 @@ class Keeper:
             hook.load_state(record.hooks.get(name, {}))
         progress = Progress(**_typed(record.progress))
         self._restore_random(_part(mine, "rng."), record, progress)
-        return progress
+        return progress, differences(record.config, job.config) if record.config else []
 
     def _restore_random(self, streams: dict[str, Tensor], record: Record, progress: Progress) -> None:
         if streams:

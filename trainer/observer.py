@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.base import Batch
+from strategies.errors import ConfigError
 from strategies.world import World
 from trainer.assembly import Parts
 from trainer.metrics.base import AbstractLogger
@@ -52,23 +53,23 @@ class Observer:
         """A line for the person at the terminal."""
         self._display.message(text)
 
-    def open(self, progress: Progress, parts: Parts, changes: Sequence[str]) -> None:
+    def open(self, progress: Progress, parts: Parts, total_steps: int | None, changes: Sequence[str]) -> None:
         """The run is about to take its first step of this start.
 
         Args:
             progress: where it goes on from.
             parts: what it works with.
-            changes: in the configuration since the last start.
+            total_steps: where it ends, if that is known.
+            changes: in the configuration since the checkpoint that it goes on from.
 
         Raises:
-            ConfigError: a logger's library is missing; on every rank.
+            ConfigError: a logger's library is missing, or the folder can't be written; on every rank.
         """
         with self._world.together():
             self._loggers.open(self._folder, self._config, progress.step)
             if self._world.rank == 0:
-                self._file = MetricsFile(self._folder / "metrics.jsonl", progress.step)
-                self._note_start(progress.step, changes)
-        self._display.set_total(parts.total_steps, progress.step)
+                self._open_files(progress.step, changes)
+        self._display.set_total(total_steps, progress.step)
         self._display.start()
         self._num_parameters, self._num_trainable = parts.num_parameters, parts.num_trainable
         plan = parts.plan
@@ -128,19 +129,41 @@ class Observer:
         """Write the summary and the plots, and show them."""
         peak = self._world.reduce([peak_memory_mib(self._world.device)], "max")[0]
         progress.seconds += self.clock.lap()
+        more = {"num_parameters": self._num_parameters, "world_size": self._world.size, "stopped": stopped}
         if self._world.rank == 0:
-            summary = write_summary(
-                self._folder,
-                reason=reason,
-                progress=progress.to_json(),
-                times=self.clock.totals(),
-                peak_memory_mib=peak,
-                more={"num_parameters": self._num_parameters, "world_size": self._world.size},
-            )
-            draw_plots(self._folder, self.say)
-            self._display.close()
-            self._display.show(summary_table(summary, self._folder))
+            try:
+                summary = write_summary(
+                    self._folder,
+                    reason=reason,
+                    progress=progress.to_json(),
+                    times=self.clock.totals(),
+                    peak_memory_mib=peak,
+                    more=more,
+                )
+                draw_plots(self._folder, self.say)
+                self._display.close()
+                self._display.show(summary_table(summary, self._folder))
+            except OSError as error:  # everything that matters is in the checkpoint
+                self.say(f"the summary can't be written: {error}")
         self.say(f"{reason}; the same command goes on" if stopped else reason)
+
+    def has_finished(self, step: int) -> bool:
+        """Whether an earlier start has ended this run at `step`, with all that belongs to an end. Collective."""
+        try:
+            summary = json.loads((self._folder / "summary.json").read_text())
+            mine = summary["step"] == step and not summary["stopped"]
+        except (OSError, ValueError, LookupError, TypeError):
+            mine = False
+        return self._world.broadcast(mine)
+
+    def _open_files(self, step: int, changes: Sequence[str]) -> None:
+        try:
+            self._file = MetricsFile(self._folder / "metrics.jsonl", step)
+            self._note_start(step, changes)
+        except OSError as error:
+            raise ConfigError(
+                f"Run: {self._folder} can't be written: {error.strerror}. Free space, or choose another (run.dir)."
+            ) from error
 
     def _note_start(self, step: int, changes: Sequence[str]) -> None:
         start = {
@@ -161,5 +184,8 @@ class Observer:
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._file is not None:
-            self._file.write(step, numbers)
+            try:
+                self._file.write(step, numbers)
+            except OSError as error:  # the training matters more; its checkpoints say what a full disk means
+                self.say(f"metrics.jsonl can't be written, step {step} is missing there: {error}")
         self._loggers.log(step, numbers)

@@ -10,7 +10,8 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,7 +24,10 @@ from strategies.errors import ConfigError
 from strategies.world import Launch, World, open_store, publish
 
 _IDENTITY = ("model", "data", "optimizer", "schedule", "precision", "seed")
-_SECRET = re.compile(r"(token|secret|password|passwd|api_?key|credential)s?$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(token|secret|password|passwd|passphrase|(api|access|private|secret)_?key|credential)s?$", re.IGNORECASE
+)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _PACKAGES = ("shardwright", "torch", "transformers", "datasets", "accelerate", "hydra-core", "omegaconf", "numpy",
              "safetensors", "tokenizers", "peft", "deepspeed", "horovod")  # fmt: skip
 
@@ -31,8 +35,10 @@ _PACKAGES = ("shardwright", "torch", "transformers", "datasets", "accelerate", "
 class RunFolder:
     """The run's folder, held by this run alone until `close`."""
 
-    def __init__(self, path: Path, launch: Launch) -> None:
+    def __init__(self, path: Path, launch: Launch, number: int) -> None:
         self.path = path
+        self.number = number
+        """Of this run among those of the launch, which may be several in a script or a notebook."""
         self._lock = FileLock(path / ".lock") if launch.rank == 0 else None
 
     @classmethod
@@ -47,47 +53,51 @@ class RunFolder:
             ConfigError: it can't be made or written, or another run holds it; on every rank.
         """
         launch = Launch.from_env()
+        store = open_store(launch)
+        number = store.add(f"runs/{launch.rank}", 1)
         held: list[RunFolder] = []
 
         def decide() -> str:
-            folder = cls(Path(directory or Path("runs") / name).expanduser().absolute(), launch)
+            folder = cls(Path(directory or Path("runs") / name).expanduser().absolute(), launch, number)
             folder._make()
             held.append(folder)
             return str(folder.path)
 
-        path = publish(open_store(launch), launch, "run_folder", decide)
-        return held[0] if held else cls(Path(path), launch)
+        path = publish(store, launch, f"run_folder/{number}", decide)
+        return held[0] if held else cls(Path(path), launch, number)
 
     def _make(self) -> None:
         assert self._lock is not None
-        try:
+        with self.writing():
             for part in ("logs", "checkpoints", "plots"):
                 (self.path / part).mkdir(parents=True, exist_ok=True)
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            raise ConfigError(
-                f"Run: another run is writing to {self.path}. Wait for it, or choose another folder (run.dir)."
-            ) from None
-        except OSError as error:
-            raise ConfigError(
-                f"Run: the folder {self.path} can't be written: {error.strerror}. Choose another (run.dir)."
-            ) from error
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise ConfigError(
+                    f"Run: another run is writing to {self.path}. Wait for it, or choose another folder (run.dir)."
+                ) from None
 
-    def begin(self, config: Mapping[str, Any], world: World) -> list[str]:
-        """Write `config.yaml` and `environment.json`; on rank 0.
-
-        Returns:
-            What changed in the configuration since the last start, one line each; empty at first.
-        """
+    def describe(self, config: Mapping[str, Any], world: World) -> None:
+        """Write `config.yaml` and `environment.json`, of the newest start; on rank 0."""
         import yaml
 
-        stored = self.path / "config.yaml"
-        changes: list[str] = []
-        if stored.is_file():
-            changes = differences(yaml.safe_load(stored.read_text()) or {}, config)
-        stored.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
         (self.path / "environment.json").write_text(json.dumps(describe_environment(world), indent=1))
-        return changes
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around the first writing into the folder.
+
+        Raises:
+            ConfigError: it can't be written.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise ConfigError(
+                f"Run: the folder {self.path} can't be written: {error}. Free space, or choose another (run.dir)."
+            ) from error
 
     def close(self) -> None:
         """Let go of the folder; may be called twice."""
@@ -114,9 +124,21 @@ def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
             return {inner: clean(str(inner), item) for inner, item in value.items()}
         if isinstance(value, list):
             return [clean(key, item) for item in value]
-        return "***" if value is not None and isinstance(value, str) and _SECRET.search(key) else value
+        if not isinstance(value, str):
+            return value
+        return "***" if _SECRET.search(key) else _IN_ADDRESS.sub("***", value)
 
     return {key: clean(key, value) for key, value in config.items()}
+
+
+def redacted_words(words: Sequence[str]) -> list[str]:
+    """A command line with the values of secret-sounding keys replaced, also those inside of `{...}`."""
+
+    def clean(match: re.Match[str]) -> str:
+        key, between, value = match.groups()
+        return f"{key}{between}***" if _SECRET.search(key) and not value.isdecimal() else match.group()
+
+    return [_IN_ADDRESS.sub("***", re.sub(r"([\w.-]+)([=:]\s*)([^,{}\s]+)", clean, word)) for word in words]
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -150,7 +172,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type,
         "cuda": torch.version.cuda,
         "world_size": world.size,
-        "command": sys.argv,
+        "command": redacted_words(sys.argv),
         "git": git_commit(),
     }
 

@@ -53,6 +53,7 @@ class Session:
         self.progress = Progress()
         self.metrics: dict[str, float] = {}
         self.reason: str | None = None
+        self._wish: str | None = None
         self._stopped = False
         self._begun_at = 0
         self._saved_at: int | None = None
@@ -61,7 +62,8 @@ class Session:
         self._unreported = 0
 
     def __enter__(self) -> Session:
-        self.request = StopRequest(seconds(self.trainer.max_time, "trainer.max_time"))
+        limit = seconds(self.trainer.max_time, "trainer.max_time")
+        self.request = StopRequest(limit, announce=self.world.rank == 0)
         self.observer = Observer(self.job.folder, self.world, self.job.loggers, self.job.config)
         self.clock = self.observer.clock
         self.request.listen()
@@ -89,37 +91,37 @@ class Session:
     def start(self) -> None:
         """Go on from a checkpoint if there is one, and say what is about to happen."""
         say = self.observer.say
+        changes: list[str] = []
         found = self.keeper.to_resume()
         if found is not None:
-            self.progress = self.keeper.load(found)
+            self.progress, changes = self.keeper.load(found)
             self._saved_at = self.progress.step
             say(f"going on from {found} (step {self.progress.step})")
-            for change in self.job.changes:
-                say(f"changed since the last start: {change}")
+            for change in changes:
+                say(f"changed since then: {change}")
         if self.average is not None and not self.average.tensors():
             self.average.update(self.keeper.state().weights)
         self._begun_at = self.progress.step
         self._feed = Feed(self.parts.loader.steps(self.progress.samples), self.world, self.request)
-        say(self.parts.describe(self.job, self.trainer.global_batch))
-        self.observer.open(self.progress, self.parts, self.job.changes)
+        self.total_steps, self.limit = self.parts.limits.steps_in_all(self.progress)
+        end = "until the time is up" if self.total_steps is None else f"until step {self.total_steps}"
+        say(self.parts.describe(self.world, f"{end} ({self.limit})"))
+        self.observer.open(self.progress, self.parts, self.total_steps, changes)
         self._call_hooks("on_start")
 
     def next_step(self) -> GlobalStep | None:
         """The next step's input; None: a limit is reached, or all ranks agreed to stop."""
-        if self.reason is None and self.parts.total_steps is not None and self.progress.step >= self.parts.total_steps:
-            self.reason = f"reached step {self.progress.step} ({self.parts.limit})"
-        if self.reason is not None:
+        if self.total_steps is not None and self.progress.step >= self.total_steps:
+            self.reason = f"reached step {self.progress.step} ({self.limit})"
             return None
         with self.clock.measure("data"):
-            step = self._feed.next()
-        if step.stop is not None:
-            self.reason, self._stopped = f"stopped by {step.stop}", True
-            return None
-        return step
+            step = self._feed.next(self._wish)
+        self.reason, self._stopped = step.stop, step.interrupted
+        return step if self.reason is None else None
 
     def set_learning_rate(self) -> None:
         """A pure function of the step."""
-        factor = self.job.schedule.factor(self.progress.step, self.parts.total_steps)
+        factor = self.job.schedule.factor(self.progress.step, self.total_steps)
         for group, rate in zip(self.optimizer.param_groups, self.parts.rates, strict=True):
             group["lr"] = rate * factor
 
@@ -141,7 +143,7 @@ class Session:
 
     def due_to_log(self) -> bool:
         """The first and the last step are logged too."""
-        edge = self.progress.step in (1, self.parts.total_steps)
+        edge = self.progress.step in (1, self.total_steps)
         return edge or self.due(self.trainer.log_every)
 
     def log(self, step: GlobalStep, losses: LossSum, info: StepInfo) -> None:
@@ -202,17 +204,18 @@ class Session:
                 "(optimizer.lr, checkpoint.every)."
             )
         came_to = self.progress
-        self.progress = self.keeper.load(newest)
+        self.progress, _ = self.keeper.load(newest)
         self._saved_at = self.progress.step
         # What was consumed stays consumed: going over the same samples would end in the same place.
         self.progress.samples, self.progress.tokens = came_to.samples, came_to.tokens
         self.progress.skipped, self.progress.rollbacks = came_to.skipped, came_to.rollbacks + 1
+        self.total_steps, self.limit = self.parts.limits.steps_in_all(self.progress)
         self.observer.rolled_back(self.progress)
         self.observer.say(f"{where}: back to step {self.progress.step}, going on with the samples after those")
 
     def evaluate(self, limit: int | None) -> None:
         """Evaluate on the same `limit` validation samples each time; None: on all."""
-        if self.parts.data.validation is None:
+        if not self.parts.data.validation:
             return
         with self.clock.measure("evaluation"):
             found = {f"val_{name}": value for name, value in self._evaluated(limit).items()}
@@ -238,7 +241,7 @@ class Session:
             workers=workers_of(self.job),
         )
         chosen = len(samples) if limit is None else min(limit, len(samples))
-        shown = self.observer.evaluating(batches, -(-chosen // world.data_size) // self.parts.plan.micro_batch)
+        shown = self.observer.evaluating(batches, -(-chosen // (world.data_size * self.parts.plan.micro_batch)))
         return evaluate_batches(self.strategy, self.model, world, shown, self._scored)
 
     def _scored(self, outputs: object, batch: Batch) -> LossTerms:
@@ -258,15 +261,17 @@ class Session:
         self.observer.say(f"checkpoint at step {self.progress.step} ({took:.2f} s)")
 
     def finish(self) -> Outcome:
-        """Evaluate on everything, write the last checkpoint, and say how it went."""
+        """Write the last checkpoint, evaluate on everything, and say how it went."""
         assert self.reason is not None
-        if self.progress.step > self._begun_at:
-            if not self._stopped and self._evaluated_at != self.progress.step:
-                self.evaluate(None)
-            self.save()
-            self._call_hooks("on_end")
-        elif not self._stopped:
-            self.observer.say(f"nothing left to do: {self.reason}; raise the limit to go on")
+        if self.progress.step > 0:
+            self.save()  # first, since somebody who waits for the rest may lose patience
+        if not self._stopped:
+            if self.progress.step == self._begun_at and self.observer.has_finished(self.progress.step):
+                self.observer.say(f"nothing left to do: {self.reason}; raise the limit to go on")
+            else:
+                if self._evaluated_at != self.progress.step:
+                    self.evaluate(None)
+                self._call_hooks("on_end")
         self.observer.finish(self.progress, self.reason, stopped=self._stopped)
         return Outcome(progress=self.progress, reason=self.reason, stopped=self._stopped, metrics=self.metrics)
 
@@ -286,5 +291,4 @@ class Session:
         with self.clock.measure("hooks"):
             for hook in self.job.hooks.values():
                 reason = getattr(hook, name)(moment)
-                if reason is not None and self.reason is None:
-                    self.reason = reason
+                self._wish = self._wish or reason

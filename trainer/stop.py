@@ -21,13 +21,18 @@ class StopRequest:
 
     A launcher passes a Ctrl-C on to workers that the terminal has already told, so signals within two
     seconds count as one. A later one leaves at once.
+
+    Args:
+        max_time_s: seconds from now after which `out_of_time` holds; None: never.
+        announce: tell the person at the terminal that a signal was heard.
     """
 
-    def __init__(self, max_time_s: float | None) -> None:
+    def __init__(self, max_time_s: float | None, *, announce: bool = False) -> None:
         self.signal = 0
         """Number of the signal that was heard; 0: none."""
         self._asked_at = 0.0
         self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
+        self._announce = announce
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
@@ -53,6 +58,9 @@ class StopRequest:
             os._exit(128 + number)
         if not self.signal:
             self.signal, self._asked_at = number, now
+            if self._announce:  # past Python's buffers, in which the signal may have come
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: stopping at the next step, with a checkpoint; again: at once\n".encode())
 
 
 def seconds(value: int | float | str | None, key: str) -> float | None:

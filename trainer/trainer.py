@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -77,6 +78,11 @@ class Trainer:
                 raise ConfigError(
                     f"Trainer: {key}={value} is not positive. Give a number above 0, or null (trainer.{key})."
                 )
+        if self.max_epochs is not None and not math.isfinite(self.max_epochs):
+            raise ConfigError(
+                f"Trainer: max_epochs={self.max_epochs} never ends. Give a number, or null and another limit "
+                "(trainer.max_epochs)."
+            )
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ConfigError(
                 f"Trainer: ema_decay={self.ema_decay} is not between 0 and 1. Try 0.999, or null (trainer.ema_decay)."

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from strategies.errors import ConfigError, TrainingError
 from trainer import Trainer, register
 from trainer.data.base import Data
 from trainer.hooks.base import Hook, Moment
+from trainer.metrics.jsonl import MetricsFile
 
 TINY = (
     "model.config.hidden_size=16",
@@ -48,11 +51,62 @@ class Killer(Hook):
 
     step: int = 6
     rank: int = 0
+    at: str = "log"
+
+    def on_start(self, moment: Moment) -> str | None:
+        return self._kill(moment, "start")
 
     def on_log(self, moment: Moment) -> str | None:
-        if moment.progress.step == self.step and moment.world.rank == self.rank:
+        return self._kill(moment, "log")
+
+    def on_evaluate(self, moment: Moment) -> str | None:
+        return self._kill(moment, "evaluate")
+
+    def _kill(self, moment: Moment, at: str) -> None:
+        if at == self.at and moment.progress.step == self.step and moment.world.rank == self.rank:
             os.kill(os.getpid(), signal.SIGTERM)
+
+
+@register("hooks", "quitter")
+@dataclass(kw_only=True)
+class Quitter(Hook):
+    """Wants to end the run at a step, on one rank only."""
+
+    step: int = 3
+    rank: int = 1
+
+    def on_log(self, moment: Moment) -> str | None:
+        mine = moment.progress.step == self.step and moment.world.rank == self.rank
+        return "rank 1 has had enough" if mine else None
+
+
+@register("hooks", "filler")
+@dataclass(kw_only=True)
+class Filler(Hook):
+    """Lets `metrics.jsonl` grow no further from one step to another, as a full disk would."""
+
+    step: int = 2
+    until: int = 5
+
+    def __post_init__(self) -> None:
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._full = mock.patch.object(MetricsFile, "write", side_effect=error)
+
+    def on_log(self, moment: Moment) -> str | None:
+        if moment.progress.step == self.step:
+            self._full.start()
+        if moment.progress.step == self.until:
+            self._full.stop()
         return None
+
+
+@register("hooks", "ender")
+@dataclass(kw_only=True)
+class Ender(Hook):
+    """Leaves a file behind when the run ends."""
+
+    def on_end(self, moment: Moment) -> None:
+        (moment.folder / "ended").touch()
 
 
 @register("hooks", "counter")
@@ -81,7 +135,14 @@ class Rows(Trainer):
     poisoned: int = -1
     dropout: float = 0.0
     num_samples: int = 60
+    num_validation: int = 10
     broken_rank: int = -1
+    failing_rank: int = -1
+    """Its loss function raises in the fourth micro-batch."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._calls = 0
 
     def make_model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(8, 1))
@@ -89,7 +150,7 @@ class Rows(Trainer):
     def make_data(self) -> Data:
         if int(os.environ.get("RANK", 0)) == self.broken_rank:
             raise ConfigError("Rows: this machine has no such file. Copy it there (data.path).")
-        values = np.random.default_rng(0).normal(size=(self.num_samples + 10, 4))
+        values = np.random.default_rng(0).normal(size=(self.num_samples + self.num_validation, 4))
         rows = [(index, torch.tensor(value, dtype=torch.float32)) for index, value in enumerate(values)]
         return Data(train=rows[: self.num_samples], validation=rows[self.num_samples :])
 
@@ -105,6 +166,9 @@ class Rows(Trainer):
         )
 
     def loss(self, outputs: Any, batch: Batch) -> LossTerms:
+        self._calls += 1
+        if self._calls == 4 and int(os.environ.get("RANK", 0)) == self.failing_rank:
+            raise ValueError("a mistake in the loss")
         counted = (batch.labels != -100).to(outputs.dtype)
         loss = (F.mse_loss(outputs, batch.labels.to(outputs.dtype), reduction="none") * counted).sum()
         if (batch.extras["numbers"] == self.poisoned).any():
@@ -124,7 +188,7 @@ def fit(folder: str, overrides: list[str], trainer: str = "Trainer") -> dict[str
     cls = {"Trainer": Trainer, "Rows": Rows}[trainer]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        config = compose([f"run.dir={folder}", f"cache={Path(folder).parent / 'cache'}", *overrides], cls)
+        config = compose([f"run.dir='{folder}'", f"cache='{Path(folder).parent}/cache'", *overrides], cls)
         outcome = train(config, {})
     except (ConfigError, TrainingError) as error:
         return {"error": type(error).__name__, "message": str(error)}
@@ -137,6 +201,17 @@ def fit(folder: str, overrides: list[str], trainer: str = "Trainer") -> dict[str
         "progress": outcome.progress.to_json(),
         "metrics": outcome.metrics,
     }
+
+
+def fit_each(folders: list[str], overrides: list[str], trainer: str = "Trainer") -> list[dict[str, Any]]:
+    """One run after another in the same processes."""
+    return [fit(folder, overrides, trainer) for folder in folders]
+
+
+def curve(folder: Path) -> list[dict[str, Any]]:
+    """What a run learned: its lines without times and memory."""
+    clocked = ("_s", "_mib")
+    return [{key: value for key, value in line.items() if not key.endswith(clocked)} for line in lines(folder)]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
 from trainer.config import CONF, compose, made, refuse_unknown, restored
-from trainer.run_folder import differences, redacted, run_name
+from trainer.run_folder import differences, redacted, redacted_words, run_name
 
 GROUPS = {path.parent.name: [] for path in CONF.glob("*/*.yaml")}
 for _path in sorted(CONF.glob("*/*.yaml")):
@@ -22,11 +22,11 @@ for _path in sorted(CONF.glob("*/*.yaml")):
     ("group", "option"), [(group, option) for group, options in GROUPS.items() for option in options]
 )
 def test_compose_every_yaml_gives_an_object(group: str, option: str) -> None:
-    needed = {"hub": ["data.path=squad"], "jsonl": ["data.path=x.jsonl"], "parquet": ["data.path=x"],
-              "text": ["data.path=x"], "tokens": ["data.path=x"], "messages": ["data.path=x"],
-              "hf": ["model.path=x"]}.get(option, [])  # fmt: skip
+    file = ["data.files=[x.jsonl]"]
+    needed = {"hub": ["data.path=squad"], "jsonl": file, "parquet": file, "messages": file, "hf": ["model.path=x"],
+              "text": ["data.paths=[x]"], "tokens": ["data.paths=[x]"]}.get(option, [])  # fmt: skip
     choice = f"{group}=[{option}]" if group in ("logger", "hooks") else f"{group}={option}"
-    config = compose([choice, *needed] if group != "experiment" else [f"+experiment={option}"])
+    config = compose([choice, *needed] if group != "experiment" else [f"experiment={option}"])
     for name in config:
         if hasattr(config[name], "keys"):
             made(config[name])
@@ -54,9 +54,10 @@ def test_compose_default_is_the_public_surface() -> None:
         (["optimizer.betas=x"], ["optimizer.betas"]),
         (["model=llama_tny"], ["model=llama_tny", "llama_tiny"]),
         (["logger=[tensorbord]"], ["tensorbord", "tensorboard"]),
-        (["+experiment=nothing"], ["nothing"]),
+        (["experiment=nothing"], ["experiment=nothing", "lora_answers"]),
         (["strategy.hook=["], ["strategy.hook=["]),
         (["seed"], ["seed"]),
+        (["logger=0"], ["group"]),
     ],
 )
 def test_compose_mistake_is_one_line_that_names_it(overrides: list[str], parts: list[str]) -> None:
@@ -67,15 +68,19 @@ def test_compose_mistake_is_one_line_that_names_it(overrides: list[str], parts: 
         assert part in str(caught.value)
 
 
-KEYS = ("trainer.global_batch", "trainer.clip_norm", "optimizer.lr", "strategy.bucket_mb", "checkpoint.keep", "seed",
-        "trainer.max_time", "precision.loss_scale", "data.length", "backend.timeout_s", "run.dir", "resume")  # fmt: skip
+KEYS = ("trainer.global_batch", "trainer.clip_norm", "trainer.max_epochs", "trainer.max_time", "trainer.on_nonfinite",
+        "trainer.ema_decay", "optimizer.lr", "optimizer.beta2", "schedule.warmup", "strategy.bucket_mb",
+        "strategy.hook", "checkpoint.keep", "checkpoint.every", "precision.loss_scale", "data.length",
+        "data.validation", "model.config", "backend.timeout_s", "run.dir", "run.name", "resume", "seed", "logger", "hooks")  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     key=st.sampled_from(KEYS),
     value=st.one_of(
-        st.integers(-3, 3), st.floats(-2, 2), st.sampled_from(["null", "true", "[]", "{}", "x y", "", "1e999", "-0"])
+        st.integers(-3, 3),
+        st.floats(-2, 2),
+        st.sampled_from(["null", "true", "[]", "{}", "{a: 1}", "x y", "", "1e999", "-0", "nan", "???", "${seed}"]),
     ),
 )
 def test_compose_any_value_is_taken_or_refused_in_one_line(key: str, value: object) -> None:
@@ -122,6 +127,23 @@ def test_redacted_secrets_are_gone() -> None:
     assert clean["token"] == "***"
     assert clean["logger"]["wandb"]["project"] == "p"
     assert clean["data"]["tokens"] == 5
+
+
+def test_redacted_words_secrets_of_the_command_line_are_gone() -> None:
+    words = [
+        "train.py",
+        "logger.wandb.api_key=s3cret",
+        "+logger.mlflow={password: s3cret, uri: x}",
+        "trainer.max_tokens=9",
+        "logger.mlflow.uri=https://me:s3cret@host/path",
+        "data.tokenizer=bytes",
+        "optimizer.lr=1e-3",
+    ]
+    clean = redacted_words(words)
+    assert "s3cret" not in " ".join(clean)
+    assert clean[3:4] + clean[5:] == ["trainer.max_tokens=9", "data.tokenizer=bytes", "optimizer.lr=1e-3"]
+    assert clean[1] == "logger.wandb.api_key=***"
+    assert clean[4] == "logger.mlflow.uri=https://***@host/path"
 
 
 def test_differences_names_each_leaf() -> None:

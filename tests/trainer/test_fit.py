@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strategies.testing import Workers
-from tests.trainer.jobs import ROWS, TINY, fit, lines, losses
+from tests.trainer.jobs import ROWS, TINY, curve, fit, lines, losses
 
 
 def run(
@@ -76,10 +76,32 @@ def test_fit_gives_one_curve_however_the_global_batch_is_split(workers: Workers,
         run(workers, folder, size, *keys, "precision=fp64", "optimizer.lr=5e-4")
         curves.append(losses(folder))
         norms.append([line["grad_norm"] for line in lines(folder)])
-    for curve, norm in zip(curves[1:], norms[1:], strict=True):
-        assert curve == pytest.approx(curves[0], abs=1e-7)
+    for found, norm in zip(curves[1:], norms[1:], strict=True):
+        assert found == pytest.approx(curves[0], abs=1e-7)
         assert norm == pytest.approx(norms[0], rel=1e-5)
     assert curves[0][-1] < curves[0][0]
+
+
+def test_fit_with_uneven_masks_gives_one_curve_however_it_is_split(workers: Workers, tmp_path: Path) -> None:
+    chats = [
+        {"messages": [{"role": "user", "content": "a" * (n % 5)}, {"role": "assistant", "content": "b" * (n % 13)}]}
+        for n in range(60)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(json.dumps(chat) for chat in chats))
+    base = [word for word in TINY if not word.startswith("data")]
+    keys = ["data=messages", f"data.files=[{tmp_path / 'chats.jsonl'}]", "data.packing=none", "data.length=40",
+            "data.validation=0.2", "trainer.global_batch=8", "precision=fp64", "optimizer.lr=5e-4"]  # fmt: skip
+    found = []
+    for size, micro_batch in [(1, 8), (2, 2)]:
+        words = [*base, *keys, f"trainer.micro_batch={micro_batch}"]
+        answers = workers.run(fit, size, str(tmp_path / f"{size}"), words, timeout=150)
+        assert "error" not in answers[0], answers[0]
+        found.append(curve(tmp_path / f"{size}"))
+    assert found[1] == [pytest.approx(line, rel=1e-5) for line in found[0]]
+    for key in ("loss", "val_loss"):
+        values = [[line[key] for line in one if key in line] for one in found]
+        assert values[1] == pytest.approx(values[0], abs=1e-7)
+        assert values[0]
 
 
 def test_fit_in_fp32_gives_nearly_one_curve_however_it_is_split(workers: Workers, tmp_path: Path) -> None:
@@ -171,9 +193,9 @@ def test_fit_nonfinite_step_is_skipped(workers: Workers, tmp_path: Path) -> None
     answer = run(workers, tmp_path / "run", 2, "trainer.poisoned=41", trainer="Rows")
     assert answer["progress"]["step"] == 10
     assert answer["progress"]["skipped"] == 2  # once in each of two epochs of five steps
-    curve = losses(tmp_path / "run")
-    assert curve.count("NaN") == 2
-    assert all(isinstance(loss, float) for loss in curve[curve.index("NaN") + 1 :][:2])  # the weights are unharmed
+    found = losses(tmp_path / "run")
+    assert found.count("NaN") == 2
+    assert all(isinstance(loss, float) for loss in found[found.index("NaN") + 1 :][:2])  # the weights are unharmed
 
 
 def test_fit_nonfinite_step_stops_where_asked(workers: Workers, tmp_path: Path) -> None:
@@ -241,9 +263,9 @@ def test_fit_in_lower_precision_learns_and_resumes(workers: Workers, tmp_path: P
     keys = (f"precision={precision}", "schedule=constant", "trainer.max_steps=6")
     run(workers, tmp_path / "run", 2, *keys)
     run(workers, tmp_path / "run", 2, *keys[:2])
-    curve = losses(tmp_path / "run")
-    assert len(curve) == 12
-    assert curve[-1] < curve[0]
+    found = losses(tmp_path / "run")
+    assert len(found) == 12
+    assert found[-1] < found[0]
 
 
 def test_fit_deterministic_mode_runs(workers: Workers, tmp_path: Path) -> None:

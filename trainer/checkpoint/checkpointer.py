@@ -128,18 +128,18 @@ class Checkpointer:
             ConfigError: there is no such checkpoint, or it is damaged or of an unknown format.
         """
         try:
-            raw = json.loads((path / "state.json").read_text())
-        except (OSError, ValueError) as error:
+            raw = dict(json.loads((path / "state.json").read_text()))
+            if raw.get("format") == FORMAT:
+                return Record(**raw)
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
                 f"Checkpoint: {path} is not a complete checkpoint: {error}. "
-                "Name a folder that holds state.json, or use resume=auto (resume)."
+                "Remove that folder to go on from the one before, or name another (resume)."
             ) from error
-        if raw.get("format") != FORMAT:
-            raise ConfigError(
-                f"Checkpoint: {path} has format {raw.get('format')!r}, this version reads {FORMAT}. "
-                "Use the version that wrote it, or resume=never with another run.dir (resume)."
-            )
-        return Record(**raw)
+        raise ConfigError(
+            f"Checkpoint: {path} has format {raw.get('format')!r}, this version reads {FORMAT}. "
+            "Use the version that wrote it, or start afresh with another run.dir (run.dir)."
+        )
 
     def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Read into `tensors`, in place.
@@ -178,12 +178,18 @@ class Checkpointer:
         if not self._folder.is_dir():
             return []
         found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted((path for path in found if (path / "state.json").is_file()), key=lambda path: path.name)
+        return sorted((path for path in found if (path / "state.json").is_file()), key=_step)
 
     def _prune(self) -> None:
+        for torn in self._folder.glob("step-*.partial"):  # of a start that was killed while it wrote
+            shutil.rmtree(torn, ignore_errors=True)
         if self._config.keep:
             for old in self._complete()[: -self._config.keep]:
                 shutil.rmtree(old, ignore_errors=True)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _check(path: Path, tensors: Mapping[str, Tensor], reader: Any) -> None:

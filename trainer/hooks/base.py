@@ -34,9 +34,8 @@ class Moment:
 
 @dataclass(kw_only=True)
 class Hook:
-    """Called on every rank at the same points. A returned text is a reason to stop the run.
+    """Called on every rank at the same points. A returned text is a reason to end the run, on one rank or all.
 
-    Whatever is returned must follow from numbers that are equal on every rank.
     A subclass is a keyword-only dataclass whose fields are its configuration:
 
         @register("hooks", "goal")
@@ -64,7 +63,7 @@ class Hook:
         return None
 
     def on_end(self, moment: Moment) -> None:
-        """After the last step, or on the way out of a stopped run."""
+        """After the last step and its evaluation; not when the run is stopped before, to go on later."""
 
     def state(self) -> dict[str, Any]:
         """What to keep over a restart, as JSON values."""
