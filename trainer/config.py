@@ -241,6 +241,14 @@ def refuse_unknown(config: DictConfig) -> None:
     Raises:
         ConfigError: names the key.
     """
+    try:
+        _refuse_unknown(config)
+        OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:  # `${...}` that leads nowhere, or to a value of another type
+        raise explained(error) from error
+
+
+def _refuse_unknown(config: DictConfig) -> None:
     for path, node in _typed_nodes(config, ""):
         known = [item.name for item in dataclasses.fields(cast(Any, OmegaConf.get_type(node)))]
         for key in map(str, node):

@@ -19,7 +19,7 @@ class Schedule(ABC):
     Below 1, the share of all steps."""
 
     def __post_init__(self) -> None:
-        if self.warmup < 0 or (self.warmup > 1 and self.warmup != int(self.warmup)):
+        if not (0 <= self.warmup <= 1 or (self.warmup > 1 and float(self.warmup).is_integer())):
             raise ConfigError(
                 f"{type(self).__name__}: warmup={self.warmup} is neither a number of steps nor a share below 1. "
                 "Try 100, or 0.03 (schedule.warmup)."
