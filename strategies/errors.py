@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class ConfigError(Exception):
     """The input is wrong: a setting, a file, or two settings that contradict each other.
@@ -13,3 +16,10 @@ class ConfigError(Exception):
 
 class TrainingError(Exception):
     """The run can't go on for a reason that isn't the user's input; exit code 1."""
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`Nearest: a, b.` for an error message, or the choices where nothing is near."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(word, known, n=3)
+    return f"Nearest: {', '.join(near)}." if near else f"Choices: {', '.join(known[:40])}."

@@ -26,9 +26,8 @@ from omegaconf.errors import OmegaConfBaseException
 import strategies
 from strategies.backends import AutoBackend, GlooBackend, NCCLBackend
 from strategies.base import Precision
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, nearest
 from trainer import checkpoint, data, hooks, metrics, models, optim, schedule
-from trainer.run_folder import nearest
 from trainer.trainer import Trainer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -197,9 +196,3 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return commit.stdout.strip()
-
-
-def nearest(word: str, choices: list[str]) -> str:
-    """` Nearest: a, b.` for an error message, or all choices where nothing is near."""
-    near = difflib.get_close_matches(word, choices, n=3)
-    return f"Nearest: {', '.join(near)}." if near else f"Choices: {', '.join(sorted(choices))}."

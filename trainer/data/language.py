@@ -130,15 +130,13 @@ class AbstractLanguageData(AbstractTokenStream):
             side: self._samples(Documents.open(cache / store), cache / plan if plan else None, self._source_length)
             for side, (store, plan) in found["parts"].items()
         }
-        data = Data(
+        return Data(
             train=parts["train"],
             validation=parts.get("validation"),
             tokenizer=make_tokenizer(self.tokenizer),
             classes=found["classes"],
             description=found["description"],
         )
-        say(data.description)
-        return data
 
     def _make(self, folder: Path, say: Say, make_report: MakeReport) -> dict[str, Any]:
         """Fill the cache; say where everything lies in it."""

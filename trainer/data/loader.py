@@ -35,6 +35,7 @@ from strategies.errors import ConfigError
 from trainer.data.base import Collate, Sample, Samples
 from trainer.data.order import Order, seeds_for
 
+_AT_ONCE = 256
 Key: TypeAlias = tuple[int, int]
 """A sample's index, and the seed of whatever is random about it."""
 
@@ -195,11 +196,12 @@ class _RankKeys(Iterable[list[Key]]):
     position: int = 0
 
     def __iter__(self) -> Iterator[list[Key]]:
-        begin = self.position + self.data_rank * self.share
-        for start in itertools.count(begin, self.global_batch):
-            indices, epochs = self.order.span(start, start + self.share)
+        steps = max(1, _AT_ONCE // self.share)  # the order of a few hundred costs no more than that of one
+        mine = np.arange(self.share) + self.global_batch * np.arange(steps)[:, None] + self.data_rank * self.share
+        for start in itertools.count(self.position, steps * self.global_batch):
+            indices, epochs = self.order.take(start + mine.ravel())
             keys = list(zip(indices.tolist(), seeds_for(self.seed, epochs, indices), strict=True))
-            yield from (keys[at : at + self.micro_batch] for at in range(0, self.share, self.micro_batch))
+            yield from (keys[at : at + self.micro_batch] for at in range(0, len(keys), self.micro_batch))
 
 
 def accumulation_of(global_batch: int, micro_batch: int, data_size: int) -> int:

@@ -44,18 +44,18 @@ class MixtureData(AbstractData):
         found = {name: source.build(world, cache, say) for name, source in self.sources.items()}
         self._check(found)
         total = sum(self.weights.values())
-        shares = ", ".join(f"{weight / total:.1%} {name}" for name, weight in self.weights.items())
+        shares = ", ".join(
+            f"{weight / total:.1%} {name} ({found[name].description})" for name, weight in self.weights.items()
+        )
         first = next(iter(found.values()))
         held_out = [data.validation for data in found.values() if data.validation is not None]
-        mixed = replace(
+        return replace(
             first,
             train=JoinedSamples([data.train for data in found.values()]),
             validation=JoinedSamples(held_out) if held_out else None,
             sources=[(len(data.train), self.weights[name]) for name, data in found.items()],
             description=f"Mixture: {shares}",
         )
-        say(mixed.description)
-        return mixed
 
     def _check(self, found: dict[str, Data]) -> None:
         """Refuse sources that don't go together."""

@@ -154,7 +154,14 @@ class Order:
         Returns:
             Indices and epochs, int64 [stop - start] each.
         """
-        positions = np.arange(start, stop, dtype=np.int64)
+        return self.take(np.arange(start, stop, dtype=np.int64))
+
+    def take(self, positions: Numbers) -> tuple[Numbers, Numbers]:
+        """`at` of each of `positions`, int64 [n].
+
+        Returns:
+            Indices and epochs, int64 [n] each.
+        """
         sources, draws = self._draws(positions)
         sizes = self._sizes[sources]
         epochs, places = draws // sizes, draws % sizes

@@ -52,14 +52,12 @@ class TokenData(AbstractTokenStream):
         """See `AbstractData.build`."""
         found = on_first_rank(world, lambda: self._index(cache, reporter(world, say)))
         parts = {name: self._part(cache, part) for name, part in found["parts"].items()}
-        data = Data(
+        return Data(
             train=parts["train"],
             validation=parts.get("validation"),
             tokenizer=make_tokenizer(self.tokenizer) if self.tokenizer else None,
             description=found["description"],
         )
-        say(data.description)
-        return data
 
     def _index(self, folder: Path, make_report: MakeReport) -> dict[str, Any]:
         """Find where documents start and where the held-out part does."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from strategies.base import Weights
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, nearest
 from trainer.data.base import Tokenizer
 from trainer.models.base import AbstractModel, Task
 from trainer.models.chunked import use_chunked_head
@@ -25,7 +25,6 @@ from trainer.models.library import (
     first_number,
     known_positions,
     line,
-    nearest,
     quiet,
     sentinels,
 )
@@ -224,7 +223,7 @@ class HFModel(AbstractModel):
             if self.architecture not in CONFIG_MAPPING:
                 raise ConfigError(
                     f"HFModel: architecture={self.architecture} is not a model type of transformers. "
-                    f"{nearest(self.architecture, CONFIG_MAPPING)} (model.architecture)."
+                    f"{nearest(self.architecture, CONFIG_MAPPING)} (model.architecture)"
                 )
             kind = CONFIG_MAPPING[self.architecture]
             self._check_fields(kind)
@@ -254,7 +253,7 @@ class HFModel(AbstractModel):
         for name in self.config:
             if name not in known:
                 raise ConfigError(
-                    f"HFModel: {kind.__name__} has no field {name!r}. {nearest(name, known)} (model.config.{name})."
+                    f"HFModel: {kind.__name__} has no field {name!r}. {nearest(name, known)} (model.config.{name})"
                 )
 
     def _fit_vocabulary(self, config: Any, tokenizer: Tokenizer | None) -> None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -81,12 +80,6 @@ def known_positions(model: Any) -> int | None:
             "behind the padding token's number. Raise it (model.config.max_position_embeddings)."
         )
     return int(limit)
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    known = sorted(choices)
-    near = difflib.get_close_matches(word, known, n=3)
-    return f"Nearest: {', '.join(near)}" if near else f"Choices: {', '.join(known[:40])}"
 
 
 def line(error: BaseException, *, last: bool = False) -> str:
