@@ -6,11 +6,13 @@ Nothing here imports torch before its version was looked at, so that a wrong one
 from __future__ import annotations
 
 import contextlib
+import difflib
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -38,9 +40,16 @@ def run(trainer_class: type[Trainer] | None = None, *defaults: str) -> None:
 
 def exit_code(command: Callable[[], int]) -> int:
     """Run `command`; wrong input and a run that can't go on become one line on stderr, from one rank."""
-    if problem := unsupported_torch():
-        print(f"ConfigError: {problem}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
+    try:
+        if problem := unsupported_torch():
+            print(f"ConfigError: {problem}", file=sys.stderr)
+            return EXIT_WRONG_INPUT
+        return _exit_code(command)
+    except KeyboardInterrupt:  # before the loop listens: nothing to save yet
+        return 130
+
+
+def _exit_code(command: Callable[[], int]) -> int:
     from strategies.errors import ConfigError, TrainingError
 
     try:
@@ -51,8 +60,6 @@ def exit_code(command: Callable[[], int]) -> int:
     except TrainingError as error:
         _say_once(f"TrainingError: {error}")
         return 1
-    except KeyboardInterrupt:  # before the loop listens: nothing to save yet
-        return 130
 
 
 def unsupported_torch() -> str | None:
@@ -95,6 +102,8 @@ def _say_once(line: str) -> None:
 
 
 def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
+    from omegaconf import OmegaConf
+
     from trainer.build import makes_its_own, train
     from trainer.config import register_schemas, with_config
     from trainer.stop import EXIT_STOPPED
@@ -102,11 +111,51 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
 
     cls = trainer_class or Trainer
     register_schemas(cls)
+    _refuse_unknown_flags(sys.argv[1:])
+    OmegaConf.register_new_resolver("choices", _choices, replace=True)
     own = [f"{group}=own" for group in ("model", "data") if makes_its_own(cls, group)]
     _put_before([*own, *defaults])
     stopped: list[bool] = []
-    with_config(lambda config, choices: stopped.append(train(config, choices).stopped))
+    with _ending_at_once():
+        with_config(lambda config, choices: stopped.append(train(config, choices).stopped))
     return EXIT_STOPPED if any(stopped) else 0
+
+
+@contextlib.contextmanager
+def _ending_at_once() -> Iterator[None]:
+    """Ctrl-C before the loop listens: Python's own handler can't end a rank that waits in C++ for another rank."""
+    try:
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _refuse_unknown_flags(words: Sequence[str]) -> None:
+    """Hydra would say it in several lines, and exit by itself."""
+    from hydra._internal.utils import get_args_parser
+
+    from strategies.errors import ConfigError
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"Configuration: {message}. Write key=value; --help lists the keys.")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(words))
+
+
+def _choices() -> str:
+    """The options of each group, one line each; for the help text (conf/config.yaml)."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    loader = GlobalHydra.instance().config_loader()
+    groups = [group for group in sorted(loader.list_groups("")) if group not in ("hydra", "schema")]
+    return "\n".join(f"{group}: {', '.join(loader.get_group_options(group))}" for group in groups)
 
 
 def _put_before(overrides: Sequence[str]) -> None:
@@ -116,31 +165,42 @@ def _put_before(overrides: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The console command `shardwright`."""
+    """The console command `shardwright`.
+
+    Raises:
+        SystemExit: with the command's exit code; 2 where there is no such command.
+    """
     from trainer.commands import COMMANDS
 
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_usage(), end="")
-        sys.exit(0 if words else EXIT_WRONG_INPUT)
-    if words[0] == "--version":
-        print(f"shardwright {version('shardwright')}")
-        sys.exit(0)
+    if not words:
+        print(_usage(), end="", file=sys.stderr)
+        sys.exit(EXIT_WRONG_INPUT)
     name, rest = words[0], words[1:]
-    sys.argv = [f"shardwright {name}", *rest]
+    if name in ("-h", "--help", "help"):
+        print(_usage(), end="")
+        sys.exit(0)
+    if name == "--version":
+        print(f"shardwright {_version()}")
+        sys.exit(0)
     if name == "train":
+        sys.argv = ["shardwright train", *rest]
         run()
     if name not in COMMANDS:
-        near = _nearest(name, ["train", *COMMANDS])
-        print(f"ConfigError: shardwright: there is no command {name!r}. {near}", file=sys.stderr)
+        known = ["train", *COMMANDS]
+        near = difflib.get_close_matches(name, known, n=1)
+        fix = f"Nearest: {near[0]}." if near else f"Choices: {', '.join(known)}."
+        print(f"ConfigError: shardwright: there is no command {name!r}. {fix}", file=sys.stderr)
         sys.exit(EXIT_WRONG_INPUT)
-    sys.exit(exit_code(lambda: COMMANDS[name].run(rest)))
+    options = COMMANDS[name].parse(rest)
+    sys.exit(exit_code(lambda: COMMANDS[name].run(options)))
 
 
-def _nearest(word: str, choices: list[str]) -> str:
-    from trainer.run_folder import nearest
-
-    return nearest(word, choices)
+def _version() -> str:
+    try:
+        return version("shardwright")
+    except PackageNotFoundError:
+        return "(a checkout that isn't installed)"
 
 
 def _usage() -> str:

@@ -126,9 +126,9 @@ def register_schemas(trainer_class: type[Trainer] = Trainer) -> None:
         store.store(group=group, name="own", node=Own)
 
 
-def registered_strategies() -> list[type[strategies.Strategy]]:
-    """Every strategy that `strategy=` can name, those of other packages last."""
-    return [*strategies.built_in(), *strategies.from_other_packages().values()]
+def strategy_names() -> list[str]:
+    """Every word that `strategy=` takes, those of other packages among them."""
+    return sorted({*(path.stem for path in (CONF / "strategy").glob("*.yaml")), *strategies.from_other_packages()})
 
 
 def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:

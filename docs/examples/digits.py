@@ -46,5 +46,5 @@ class DigitsTrainer(Trainer):
 
 
 if __name__ == "__main__":
-    run(DigitsTrainer, "trainer.max_epochs=20", "trainer.micro_batch=16", "optimizer.lr=3e-3", "hooks=[]",
-        "run.dir=runs/digits")  # fmt: skip
+    run(DigitsTrainer, "trainer.max_epochs=10", "trainer.global_batch=32", "trainer.micro_batch=16",
+        "trainer.eval_every=100", "optimizer.lr=3e-3", "hooks=[]", "run.dir=runs/digits")  # fmt: skip

@@ -2,28 +2,79 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line, once for all ranks.
+
+    Args:
+        command: the word after `shardwright`.
+        description: what the command does.
+        rest: what it doesn't know isn't an error, but goes on into `options.rest`, in order.
+    """
+
+    def __init__(self, command: str, description: str, *, rest: bool = False) -> None:
+        super().__init__(prog=f"shardwright {command}", description=description, allow_abbrev=False)
+        self._rest = rest
+
+    def read(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read the words after the command.
+
+        Raises:
+            SystemExit: 2 they are wrong; 0 they asked for help, which was printed.
+        """
+        if not self._rest:
+            return self.parse_intermixed_args(list(words))
+        options, rest = self.parse_known_args(list(words))
+        options.rest = rest
+        return options
+
+    def error(self, message: str) -> NoReturn:
+        """Exit code 2."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"ConfigError: {self.prog}: {message}. See {self.prog} --help.", file=sys.stderr)
+        sys.exit(2)
 
 
 @dataclass(frozen=True)
 class Command:
-    """A word after `shardwright`, imported only when it is used."""
+    """A word after `shardwright`, imported only when it is used.
+
+    Its module has `parser()`, which must be quick, and `main(options)`, which answers with the exit code.
+    """
 
     module: str
     help: str
 
-    def run(self, words: Sequence[str]) -> int:
-        """Run it on the words after its name; the exit code."""
-        code: int = importlib.import_module(self.module).main(list(words))
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read the words after its name.
+
+        Raises:
+            SystemExit: 2 they are wrong; 0 they asked for help, which was printed.
+        """
+        parser: Parser = self._module().parser()
+        return parser.read(words)
+
+    def run(self, options: argparse.Namespace) -> int:
+        """Run it; the exit code."""
+        code: int = self._module().main(options)
         return code
+
+    def _module(self) -> Any:
+        return importlib.import_module(self.module)
 
 
 COMMANDS = {
-    "launch": Command("trainer.commands.launch", "train with several processes on this machine, under torchrun"),
+    "launch": Command("trainer.commands.launch", "train with several processes on this machine"),
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),
-    "report": Command("trainer.commands.report", "show how a run went, and draw its plots again"),
+    "report": Command("trainer.commands.report", "show how a run went or goes, and draw its plots again"),
 }

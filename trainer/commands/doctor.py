@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
-import torch.distributed as dist
+from trainer.commands import Parser
 
-from strategies.backends import AutoBackend, connect_ranks
-from strategies.world import World
-from trainer.run_folder import describe_environment
+if TYPE_CHECKING:
+    from strategies.world import World
 
 _SIZES = (2**10, 2**20, 2**24)
 
 
-def main(words: Sequence[str]) -> int:
-    """Print a table, and write `doctor.json` where asked."""
-    parser = argparse.ArgumentParser(
-        prog="shardwright doctor",
-        description="Show versions, devices, memory and disk, and measure an all-reduce between the ranks. "
-        "For several processes: torchrun --nproc-per-node 2 scripts/doctor.py",
+def parser() -> Parser:
+    """`shardwright doctor`'s own options."""
+    found = Parser(
+        "doctor",
+        "Show versions, devices, memory and disk, and measure an all-reduce between the ranks. "
+        "For several processes: torchrun --standalone --nproc-per-node 2 scripts/doctor.py",
     )
-    parser.add_argument("--json", type=Path, default=None, metavar="FOLDER", help="write doctor.json there")
-    options = parser.parse_args(list(words))
+    found.add_argument("--json", type=Path, metavar="FOLDER", help="write doctor.json there")
+    return found
+
+
+def main(options: Namespace) -> int:
+    """Print a table, and write `doctor.json` where asked."""
+    import torch.distributed as dist
+
+    from strategies.backends import AutoBackend, connect_ranks
+
     world = connect_ranks(AutoBackend())
     try:
         found = examine(world)
-        if world.rank == 0:
-            _show(found)
-            if options.json is not None:
-                options.json.mkdir(parents=True, exist_ok=True)
-                (options.json / "doctor.json").write_text(json.dumps(found, indent=1))
+        with world.together():
+            if world.rank == 0:
+                _show(found)
+                _write(found, options.json)
     finally:
         dist.destroy_process_group()
     return 0
 
 
+def _write(found: dict[str, Any], folder: Path | None) -> None:
+    from strategies.errors import ConfigError
+
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "doctor.json").write_text(json.dumps(found, indent=1))
+    except OSError as error:
+        raise ConfigError(f"doctor: {folder} can't be written: {error.strerror}. Choose another (--json).") from error
+
+
 def examine(world: World) -> dict[str, Any]:
     """Everything that is shown, as JSON values; collective."""
+    import psutil
+    import torch
+
+    from trainer.run_folder import describe_environment
+
     memory = psutil.virtual_memory()
     disk = shutil.disk_usage(Path.cwd())
     return {
@@ -63,6 +83,9 @@ def examine(world: World) -> dict[str, Any]:
 
 def _all_reduce(world: World, size: int) -> dict[str, float]:
     """Median of nine, after two to warm up. Bus bandwidth as in NCCL's tests: 2 (n - 1) / n bytes per byte."""
+    import torch
+    import torch.distributed as dist
+
     tensor = torch.ones(size // 4, device=world.device)
     times = []
     for turn in range(11):

@@ -2,90 +2,140 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
+from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from trainer.commands import Parser
 
-from strategies.errors import ConfigError
-from strategies.world import World, open_store
-from trainer.checkpoint import Checkpointer, Checkpoints, Record
+if TYPE_CHECKING:
+    from trainer.checkpoint import Checkpointer, Record
 
 
-def main(words: Sequence[str]) -> int:
-    """Export the newest checkpoint of a run, or the one named."""
-    parser = argparse.ArgumentParser(
-        prog="shardwright export",
-        description="Turn a checkpoint into a transformers folder: safetensors, configuration and tokenizer.",
+def parser() -> Parser:
+    """`shardwright export`'s own options."""
+    found = Parser(
+        "export",
+        "Turn a checkpoint into a transformers folder: safetensors, configuration and tokenizer. "
+        "LoRA adapters are merged into the weights beside which they were trained.",
     )
-    parser.add_argument("source", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's folder")
-    parser.add_argument("target", type=Path, help="the folder to write; must be new or empty")
-    parser.add_argument("--average", action="store_true", help="the running average of the weights (trainer.ema_decay)")
-    options = parser.parse_args(list(words))
-    export(options.source, options.target, average=options.average)
-    print(f"written: {options.target}")
+    found.add_argument("source", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's folder")
+    found.add_argument("target", type=Path, help="the folder to write; must be new or empty")
+    found.add_argument("--average", action="store_true", help="the running average of the weights (trainer.ema_decay)")
+    return found
+
+
+def main(options: Namespace) -> int:
+    """Export the newest checkpoint of a run, or the one named."""
+    step = export(options.source, options.target, average=options.average)
+    print(f"written: {options.target} (step {step})")
     return 0
 
 
-def export(source: Path, target: Path, *, average: bool = False) -> None:
-    """Write `target` from `source`, in this process alone.
+def export(source: Path, target: Path, *, average: bool = False) -> int:
+    """Write `target` from `source`, in this process alone; the checkpoint's step.
 
     Raises:
         ConfigError: there is no checkpoint, no average in it, no model configuration, or `target` holds files.
     """
-    from huggingface_hub import save_torch_state_dict
+    from strategies.errors import ConfigError
 
+    _refuse_used(target)
     path, keeper = _find(source)
     record = keeper.read_record(path)
-    if target.exists() and any(target.iterdir()):
-        raise ConfigError(f"export: {target} is not empty. Choose a new folder, so that nothing is overwritten.")
     if average and not record.average:
         raise ConfigError(f"export: {path} holds no running average. Train with trainer.ema_decay, or drop --average.")
-    model, tokenizer = _made_from(record)
-    module = _without_storage(model)
-    weights = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
-    stored = {name: weights[record.aliases.get(name, name)] for name in weights if name not in record.aliases}
-    prefix = "average" if average else "weights"
-    keeper.load(path, {f"{prefix}/{name}": value for name, value in stored.items()})
-    target.mkdir(parents=True, exist_ok=True)
-    complete: dict[str, Tensor] = {name: stored[record.aliases.get(name, name)] for name in weights}
-    save_torch_state_dict(complete, target, metadata={"format": "pt"})
-    model.save_config(target)
-    if tokenizer is not None:
-        tokenizer.save(target)
+    try:
+        _write(path, keeper, record, target, "average" if average else "weights")
+    except OSError as error:
+        raise ConfigError(f"export: {target} can't be written: {error.strerror or error}. Choose another.") from error
+    return int(record.progress["step"])
 
 
 def _find(source: Path) -> tuple[Path, Checkpointer]:
-    from strategies.world import Launch
+    import torch
+
+    from strategies.errors import ConfigError
+    from strategies.world import Launch, World, open_store
+    from trainer.checkpoint import Checkpointer, Checkpoints
 
     world = World(device=torch.device("cpu"), store=open_store(Launch()))
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source.parent
-    keeper = Checkpointer(folder, world, Checkpoints())
-    path = keeper.newest() if folder.name == "checkpoints" and folder.parent == source else source
-    if path is None:
+    of_run = (source / "checkpoints").is_dir()
+    keeper = Checkpointer(source / "checkpoints" if of_run else source.parent, world, Checkpoints())
+    path = keeper.newest() if of_run else source
+    if path is None or not path.is_dir():
         raise ConfigError(f"export: {source} holds no complete checkpoint. Name a run's folder or a checkpoint's.")
     return path, keeper
 
 
-def _made_from(record: Record) -> tuple[Any, Any]:
-    """The model and the tokenizer that the checkpoint's configuration describes."""
+def _refuse_used(target: Path) -> None:
+    from strategies.errors import ConfigError
+
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ConfigError(f"export: {target} is there already. Choose a new folder, so that nothing is overwritten.")
+
+
+def _write(path: Path, keeper: Checkpointer, record: Record, target: Path, kind: str) -> None:
+    from trainer.commands.parts import tokenizer_of
+    from trainer.models.library import quiet
+
+    tokenizer = tokenizer_of(record.config.get("data"))
+    if tokenizer is None:
+        _keep_vocabulary(record, path)
+    trained = _model(record, tokenizer)
+    module: Any = _filled(trained, path, keeper, record, kind)
+    plain = trained if not trained.lora.rank else _model(record, tokenizer, lora={})
+    target.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        module.save_pretrained(target)  # knows which names are tied, and how to cut what is large
+    plain.save_config(target)  # as it was before training changed it
+    if tokenizer is not None:
+        tokenizer.save(target)
+
+
+def _model(record: Record, tokenizer: Any, **changes: Any) -> Any:
+    """The model that the checkpoint's configuration describes."""
+    from strategies.errors import ConfigError
     from trainer.config import restored
-    from trainer.data import make_tokenizer
     from trainer.models import HFModel
 
     if not record.config.get("model"):
         raise ConfigError("export: this model was made by a Trainer subclass, which transformers doesn't know.")
-    model = restored(HFModel, record.config["model"])
-    name = (record.config.get("data") or {}).get("tokenizer")
-    tokenizer = make_tokenizer(name) if name else None
+    model = restored(HFModel, {**record.config["model"], **changes})
     model.prepare(tokenizer)
-    return model, tokenizer
+    return model
 
 
-def _without_storage(model: Any) -> torch.nn.Module:
+def _keep_vocabulary(record: Record, path: Path) -> None:
+    """Where a Trainer subclass brought the tokenizer, only the weights know how many tokens it had."""
+    import torch
+
+    from trainer.checkpoint.metadata import IndexReader
+    from trainer.models.initialise import bare
+
+    model = _model(record, None)
     with torch.device("meta"):
-        module: torch.nn.Module = model.make()
-    return module
+        module = bare(model.make())
+    embedding = module.get_input_embeddings().weight
+    name = next(name for name, value in module.named_parameters(remove_duplicate=False) if value is embedding)
+    stored = IndexReader(path / "tensors").read_metadata().state_dict_metadata
+    same = (key for key in stored if key == f"weights/{name}" or key.endswith(f".{name}"))  # beside adapters: longer
+    size = next((getattr(stored[key], "size", (0,))[0] for key in same), 0)
+    if size and "vocab_size" not in record.config["model"]["config"]:
+        record.config["model"]["config"]["vocab_size"] = size
+
+
+def _filled(model: Any, path: Path, keeper: Checkpointer, record: Record, kind: str) -> Any:
+    """The module of `model` with the checkpoint's weights, adapters merged."""
+    import torch
+
+    from trainer.models.initialise import bare
+
+    with torch.device("meta"):
+        module = model.make()
+    empty = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
+    stored = {name: value for name, value in empty.items() if name not in record.aliases}
+    keeper.load(path, {f"{kind}/{name}": value for name, value in stored.items()})
+    module.load_state_dict({name: stored[record.aliases.get(name, name)] for name in empty}, assign=True)
+    bare(module).tie_weights()
+    return module.merge_and_unload() if model.lora.rank else module

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
 import uuid
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from strategies.errors import ConfigError
+from trainer.commands import Parser
 
 SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "train.py"
 
 
-def main(words: Sequence[str]) -> int:
-    """Answers with the exit code of the first worker that failed, where bare torchrun answers 1."""
-    parser = argparse.ArgumentParser(
-        prog="shardwright launch",
-        description="Train with several processes on this machine. What follows the options goes to the training "
-        "script, as in: shardwright launch --nproc-per-node 2 trainer.max_steps=100",
+def parser() -> Parser:
+    """`shardwright launch`'s own options."""
+    found = Parser(
+        "launch",
+        "Train with several processes on this machine. Everything else goes to the training script, as in: "
+        "shardwright launch --nproc-per-node 2 trainer.max_steps=100. The exit code is that of the first process "
+        "that failed: 0 finished, 2 wrong input, 75 stopped with a checkpoint (start again to go on).",
+        rest=True,
     )
-    parser.add_argument("--nproc-per-node", type=int, default=None, metavar="N", help="processes; default: GPUs, or 2")
-    parser.add_argument("--max-restarts", type=int, default=0, metavar="N", help="restarts after a worker has died")
-    parser.add_argument("--script", type=Path, default=SCRIPT, help="a script of your own that calls trainer.run")
-    options, rest = parser.parse_known_args(list(words))
+    found.add_argument("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: GPUs, or 2")
+    found.add_argument(
+        "--max-restarts", "--max_restarts", type=int, default=0, metavar="N", help="times to go on after a crash; 0"
+    )
+    found.add_argument("--script", type=Path, default=SCRIPT, help="a script of your own that calls trainer.run")
+    return found
+
+
+def main(options: Namespace) -> int:
+    """Answers with the exit code of the first worker that failed, where bare torchrun answers 1."""
+    from strategies.errors import ConfigError
+
     if not options.script.is_file():
         raise ConfigError(f"launch: there is no script {options.script}. Name a file (--script).")
     processes = _default_processes() if options.nproc_per_node is None else options.nproc_per_node
     if processes < 1:
-        raise ConfigError(f"launch: --nproc-per-node={processes} is below 1. Give the number of processes.")
-    return launch_local(options.script, rest, processes, options.max_restarts)
+        raise ConfigError(
+            f"launch: --nproc-per-node={processes} is below 1. Give the number of processes (--nproc-per-node)."
+        )
+    if options.max_restarts < 0:
+        raise ConfigError(f"launch: --max-restarts={options.max_restarts} is below 0. Give 0 or more (--max-restarts).")
+    return launch_local(options.script, options.rest, processes, options.max_restarts)
 
 
 def _default_processes() -> int:
@@ -43,32 +57,38 @@ def _default_processes() -> int:
 def launch_local(script: Path, arguments: Sequence[str], processes: int, max_restarts: int) -> int:
     """Run `script` in `processes` workers and wait for them.
 
-    Returns:
-        0, or the exit code of the first worker that failed; 128 + the signal's number where this process was told to
-        stop (the workers are told, and have 30 s to write a checkpoint).
-    """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    A signal to this process (Ctrl-C, SIGTERM) is passed on to the workers, which have ten minutes to
+    write a checkpoint; a second one ends them.
 
-    # The workers say what is wrong; torchrun's report of it would only bury that line.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    Returns:
+        0, or the exit code of the first worker that failed; 128 + the signal's number where a signal ended it.
+    """
+    from torch.distributed.elastic.agent.server.api import WorkerSpec
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    from trainer.commands.agent import Agent, shell_code
+
+    logging.disable(logging.ERROR)  # the workers say what is wrong; torchrun's report would only bury that line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+    meeting = RendezvousParameters(
+        backend="c10d", endpoint="localhost:0", run_id=uuid.uuid4().hex, min_nodes=1, max_nodes=1
+    )
+    spec = WorkerSpec(
+        role="worker",
+        local_world_size=processes,
+        entrypoint=sys.executable,
+        args=("-u", str(script), *arguments),
+        rdzv_handler=get_rendezvous_handler(meeting),
         max_restarts=max_restarts,
         monitor_interval=0.2,
     )
+    agent = Agent(spec, DefaultLogsSpecs())
     try:
-        elastic_launch(config, sys.executable)("-u", str(script), *arguments)
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return int(failure.exitcode) if failure.exitcode > 0 else 1
+        failures = agent.run().failures.values()
     except SignalException as error:
-        return 128 + int(error.sigval)
-    return 0
+        return agent.exit_code(otherwise=128 + int(error.sigval))
+    finally:
+        logging.disable(logging.NOTSET)
+    return shell_code(min(failures, key=lambda failure: failure.timestamp).exitcode) if failures else 0

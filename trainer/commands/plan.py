@@ -3,50 +3,98 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+from trainer.commands import Parser
 
-from strategies.base import Footprint, ModelSpec, Plan, WorldSpec
-from strategies.errors import ConfigError
-from strategies.world import Launch
+if TYPE_CHECKING:
+    from strategies.base import Footprint, ModelSpec
 
 
-def main(words: Sequence[str]) -> int:
-    """Takes the keys of `train`; prints a table and writes `plan.json` into run.dir where that is given."""
-    from trainer.config import compose, made, registered_strategies
-
-    if any(word in ("-h", "--help") for word in words):
-        print("usage: shardwright plan [ranks=N] [key=value ...]\n\nThe keys are those of `shardwright train`; "
-              "`ranks` is the number of processes to predict for.")  # fmt: skip
-        return 0
-    ranks = next((word.removeprefix("ranks=") for word in words if word.startswith("ranks=")), str(Launch().size))
-    if not ranks.isdigit() or int(ranks) < 1:
-        raise ConfigError(f"plan: ranks={ranks} is not a number of processes. Give 1 or more (ranks).")
-    config = compose([word for word in words if not word.startswith("ranks=")])
-    model, trainer = made(config.model), made(config.trainer)
-    model.prepare(None)
-    with torch.device("meta"):
-        module = model.make()
-    spec = ModelSpec(
-        num_parameters=sum(value.numel() for value in module.parameters()),
-        num_trainable=sum(value.numel() for value in module.parameters() if value.requires_grad),
+def parser() -> Parser:
+    """`shardwright plan`'s own options."""
+    found = Parser(
+        "plan",
+        "Predict the memory that a configuration takes on each rank, for the strategy that is chosen, or for each one "
+        "if none is. Trains nothing and needs none of the ranks. Writes plan.json into run.dir if that is given.",
     )
-    plan = Plan(micro_batch=trainer.micro_batch or 1, precision=made(config.precision))
-    world = WorldSpec(size=int(ranks), local_size=int(ranks))
-    found = {cls.__name__: cls().footprint(spec, world, plan) for cls in registered_strategies()}
-    _show(spec, found)
+    found.add_argument("--ranks", type=int, default=1, metavar="N", help="processes to predict for; default: 1")
+    found.add_argument("keys", nargs="*", metavar="key=value", help="as for shardwright train")
+    return found
+
+
+def main(options: Namespace) -> int:
+    """Takes the keys of `train`; prints a table and writes `plan.json` into run.dir where that is given."""
+    from strategies.base import Plan, WorldSpec
+    from strategies.errors import ConfigError
+    from trainer.config import compose, made
+
+    if options.ranks < 1:
+        raise ConfigError(f"plan: --ranks={options.ranks} is below 1. Give a number of processes (--ranks).")
+    config = compose(options.keys)
+    spec, trainer = model_spec(config), made(config.trainer)
+    plan = Plan(micro_batch=trainer.micro_batch or 1, clip_norm=trainer.clip_norm, precision=made(config.precision))
+    world = WorldSpec(size=options.ranks, local_size=options.ranks)
+    found = {
+        name: made(compose(keys).strategy).footprint(spec, world, plan)
+        for name, keys in _candidates(options.keys).items()
+    }
+    _show(spec, found, options.ranks)
     if config.run.dir is not None:
         _write(Path(config.run.dir), spec, found)
     return 0
 
 
-def _show(spec: ModelSpec, found: dict[str, Footprint]) -> None:
+def model_spec(config: Any) -> ModelSpec:
+    """Count the parameters of the model that `config` describes, without storage for them.
+
+    Raises:
+        ConfigError: the model can't be made from its configuration.
+    """
+    import torch
+
+    from strategies.base import ModelSpec
+    from strategies.errors import ConfigError
+    from trainer.commands.parts import tokenizer_of
+    from trainer.config import made
+    from trainer.models.base import AbstractModel
+
+    model = made(config.model)
+    if not isinstance(model, AbstractModel):
+        raise ConfigError("plan: model=own is made by a Trainer subclass, which isn't here. Choose another (model).")
+    model.prepare(tokenizer_of(config.data))
+    with torch.device("meta"):
+        module = model.make()
+    counts = [(value.numel(), value.requires_grad) for value in module.parameters()]
+    return ModelSpec(
+        num_parameters=sum(count for count, _ in counts),
+        num_trainable=sum(count for count, trained in counts if trained),
+        slots_per_parameter=made(config.optimizer).slots_per_parameter,
+    )
+
+
+def _candidates(keys: Sequence[str]) -> dict[str, list[str]]:
+    """Strategy -> the keys that choose it: the one that was named, or whatever there is."""
+    from trainer.config import strategy_names
+
+    named = [key.partition("=")[2] for key in keys if key.startswith("strategy=")]
+    if named or any(key.startswith("strategy.") for key in keys):
+        return {named[-1] if named else "ddp": list(keys)}
+    return {name: [*keys, f"strategy={name}"] for name in strategy_names()}
+
+
+def _show(spec: ModelSpec, found: Mapping[str, Footprint], ranks: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{spec.num_parameters:,} parameters: predicted MiB per rank, activations left out")
+    table = Table(
+        title=f"{spec.num_parameters:,} parameters on {ranks} {'rank' if ranks == 1 else 'ranks'}: "
+        "predicted MiB per rank, activations left out",
+        title_justify="left",
+    )
     for column in ("strategy", "weights", "gradients", "moments", "buffers", "all", "sent per step"):
         table.add_column(column, justify="left" if column == "strategy" else "right")
     for name, it in found.items():
@@ -56,8 +104,10 @@ def _show(spec: ModelSpec, found: dict[str, Footprint]) -> None:
     Console().print(table)
 
 
-def _write(folder: Path, spec: ModelSpec, found: dict[str, Footprint]) -> None:
-    rows = [
+def _write(folder: Path, spec: ModelSpec, found: Mapping[str, Footprint]) -> None:
+    from strategies.errors import ConfigError
+
+    rows: list[dict[str, Any]] = [
         {
             "strategy": name,
             "bytes_per_rank": {
@@ -70,5 +120,9 @@ def _write(folder: Path, spec: ModelSpec, found: dict[str, Footprint]) -> None:
         }
         for name, it in found.items()
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "plan.json").write_text(json.dumps({"num_parameters": spec.num_parameters, "candidates": rows}, indent=1))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = {"num_parameters": spec.num_parameters, "candidates": rows}
+        (folder / "plan.json").write_text(json.dumps(plan, indent=1))
+    except OSError as error:
+        raise ConfigError(f"plan: {folder} can't be written: {error.strerror}. Choose another (run.dir).") from error

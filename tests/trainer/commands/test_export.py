@@ -1,0 +1,136 @@
+"""`shardwright export`: what it writes is what was trained, for every kind of model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from strategies.errors import ConfigError
+from strategies.testing import Workers
+from tests.trainer.jobs import ROWS, TINY, fit
+from trainer.commands.export import export
+
+T5 = ("model=t5_small", "model.config.d_model=16", "model.config.d_kv=8", "model.config.d_ff=32",
+      "model.config.num_layers=2", "model.config.num_heads=2", "model.config.vocab_size=300")  # fmt: skip
+GPT2 = ("model=hf", "model.architecture=gpt2", "model.config.n_embd=16", "model.config.n_layer=2",
+        "model.config.n_head=2", "model.config.n_positions=64")  # fmt: skip
+SHORT = ("trainer.max_steps=4", "trainer.eval_samples=2")
+
+
+def trained(workers: Workers, folder: Path, *overrides: str, trainer: str = "Trainer") -> None:
+    base = [word for word in TINY if not (word.startswith("model.") and any(w.startswith("model=") for w in overrides))]
+    start = list(ROWS) if trainer == "Rows" else base
+    [answer] = workers.run(fit, 1, str(folder), [*start, *SHORT, *overrides], trainer)
+    assert "error" not in answer, answer
+
+
+def expected(folder: Path, kind: str = "weights") -> torch.nn.Module:
+    """The module as training had it, by another way than export's: made with storage, filled by name."""
+    from strategies.world import Launch, World, open_store
+    from trainer.checkpoint import Checkpointer, Checkpoints
+    from trainer.config import restored
+    from trainer.data import make_tokenizer
+    from trainer.models import HFModel
+
+    keeper = Checkpointer(
+        folder / "checkpoints", World(device=torch.device("cpu"), store=open_store(Launch())), Checkpoints()
+    )
+    path = keeper.newest()
+    assert path is not None
+    record = keeper.read_record(path)
+    model = restored(HFModel, record.config["model"])
+    model.prepare(make_tokenizer("bytes"))
+    module = model.make()
+    mine = {name: value for name, value in module.state_dict().items() if name not in record.aliases}
+    for value in mine.values():
+        value.zero_()
+    keeper.load(path, {f"{kind}/{name}": value for name, value in mine.items()})
+    assert any(value.any() for value in mine.values())
+    return module.eval()
+
+
+def logits(module: Any, seq2seq: bool = False) -> torch.Tensor:
+    tokens = torch.tensor([list(b"def main():")])
+    with torch.no_grad():
+        found: torch.Tensor = module(tokens, **({"decoder_input_ids": tokens} if seq2seq else {})).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "opener"),
+    [
+        ((), "AutoModelForCausalLM"),
+        (GPT2, "AutoModelForCausalLM"),
+        (T5, "AutoModelForSeq2SeqLM"),
+        (("model.lora.rank=2", "optimizer.lr=1e-1"), "AutoModelForCausalLM"),
+        (("model.loss_chunk=8", "precision=fp64"), "AutoModelForCausalLM"),
+    ],
+    ids=["llama_tiny", "gpt2_tied", "t5", "lora", "chunked"],
+)
+def test_export_opened_by_transformers_gives_the_same_logits(
+    workers: Workers, tmp_path: Path, overrides: tuple[str, ...], opener: str
+) -> None:
+    import transformers
+
+    trained(workers, tmp_path / "run", *overrides)
+    assert export(tmp_path / "run", tmp_path / "out") == 4
+    opened = getattr(transformers, opener).from_pretrained(tmp_path / "out").eval()
+    seq2seq = opener.endswith("Seq2SeqLM")
+    assert torch.allclose(logits(opened, seq2seq), logits(expected(tmp_path / "run"), seq2seq), atol=1e-5)
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "größe = 'x'\n\t# \x00 ☃"
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == list(text.encode())
+    assert opened.config.use_cache
+
+
+def test_export_average_is_another_model(workers: Workers, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    trained(workers, tmp_path / "run", "trainer.ema_decay=0.9")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000004"
+    export(checkpoint, tmp_path / "plain")
+    export(checkpoint, tmp_path / "average", average=True)
+    plain, average = (logits(AutoModelForCausalLM.from_pretrained(tmp_path / name)) for name in ("plain", "average"))
+    assert torch.allclose(plain, logits(expected(tmp_path / "run")), atol=1e-6)
+    assert torch.allclose(average, logits(expected(tmp_path / "run", "average")), atol=1e-6)
+    assert not torch.allclose(plain, average, atol=1e-4)
+
+
+def test_export_mixture_brings_its_sources_tokenizer(workers: Workers, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    source = next(word for word in TINY if word.startswith("data.paths")).replace("data.", "data.sources.code.")
+    mixture = ("data=mixture", "data@data.sources.code=text", source, "data.sources.code.length=16")
+    words = [word for word in TINY if not word.startswith("data")]
+    [answer] = workers.run(fit, 1, str(tmp_path / "run"), [*words, *SHORT, *mixture])
+    assert "error" not in answer, answer
+    export(tmp_path / "run", tmp_path / "out")
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("ab", add_special_tokens=False)["input_ids"] == [97, 98]
+
+
+def test_export_refusals_leave_everything_as_it_was(workers: Workers, tmp_path: Path) -> None:
+    trained(workers, tmp_path / "run")
+    trained(workers, tmp_path / "own", trainer="Rows")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    for source, target, average, word in [
+        ("run", "used", False, "nothing is overwritten"),
+        ("run", "file", False, "nothing is overwritten"),
+        ("run", "file/below", False, "can't be written"),
+        ("run", "new", True, "trainer.ema_decay"),
+        ("own", "new", False, "Trainer subclass"),
+        ("empty", "new", False, "no complete checkpoint"),
+        ("nowhere", "new", False, "no complete checkpoint"),
+        ("used", "new", False, "not a complete checkpoint"),
+    ]:
+        with pytest.raises(ConfigError, match=word) as caught:
+            export(tmp_path / source, tmp_path / target, average=average)
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "new").exists(), source
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
