@@ -21,5 +21,7 @@ class TrainingError(Exception):
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`Nearest: a, b.` for an error message, or the choices where nothing is near."""
     known = sorted(choices)
+    if not known:
+        return "There is nothing to choose from here."
     near = difflib.get_close_matches(word, known, n=3)
     return f"Nearest: {', '.join(near)}." if near else f"Choices: {', '.join(known[:40])}."

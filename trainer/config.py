@@ -187,7 +187,8 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
     Raises:
         ConfigError: whatever else is wrong.
     """
-    words = list(overrides)
+    # Elsewhere an experiment is added, here it is a group like the others: either way of writing it will do.
+    words = [word.removeprefix("+") if word.startswith("+experiment=") else word for word in overrides]
     for _ in range(len(words) + 1):
         try:
             return compose_with(words)

@@ -146,6 +146,7 @@ class Observer:
             except OSError as error:  # everything that matters is in the checkpoint
                 self.say(f"the summary can't be written: {error}")
         self.say(f"{reason}; the same command goes on" if stopped else reason)
+        self._world.barrier()  # a launcher ends the other ranks when the first is gone
 
     def has_finished(self, step: int) -> bool:
         """Whether an earlier start has ended this run at `step`, with all that belongs to an end. Collective."""

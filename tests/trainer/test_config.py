@@ -53,6 +53,7 @@ def test_compose_default_is_the_public_surface() -> None:
         (["optimizer.lr=[1]"], ["optimizer.lr"]),
         (["optimizer.betas=x"], ["optimizer.betas"]),
         (["model=llama_tny"], ["model=llama_tny", "llama_tiny"]),
+        (["hooks=[]", "hooks.samples.length=3"], ["hooks.samples", "nothing to choose"]),
         (["logger=[tensorbord]"], ["tensorbord", "tensorboard"]),
         (["experiment=nothing"], ["experiment=nothing", "lora_answers"]),
         (["strategy.hook=["], ["strategy.hook=["]),
@@ -156,3 +157,7 @@ def test_differences_names_each_leaf() -> None:
     old = {"a": {"b": 1, "c": 2}, "gone": 1}
     new = {"a": {"b": 1, "c": 3}, "new": [1]}
     assert differences(old, new) == ["a.c: 2 -> 3", "gone: 1 -> (absent)", "new: (absent) -> [1]"]
+
+
+def test_compose_experiment_may_be_written_with_a_plus() -> None:
+    assert compose(["+experiment=lora_answers"]) == compose(["experiment=lora_answers"])

@@ -11,8 +11,10 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
 
-_STOPPED = 75
-_FINAL = (2, _STOPPED)
+from trainer.cli import EXIT_WRONG_INPUT
+from trainer.stop import EXIT_STOPPED
+
+_FINAL = (EXIT_WRONG_INPUT, EXIT_STOPPED)
 """Exit codes after which the same start would end the same way, or a person wanted the end."""
 _LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""
@@ -57,7 +59,7 @@ class Agent(LocalElasticAgent):
             codes = [handler.proc.poll() for handler in handlers]
             if None not in codes:
                 return
-            if any(code not in (None, 0, _STOPPED) for code in codes):
+            if any(code not in (None, 0, EXIT_STOPPED) for code in codes):
                 end = min(end, time.monotonic() + _ALONE_S)
             time.sleep(0.05)
 
