@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from strategies.base import ModelSpec, Numbers, Plan, Weights
+from strategies.base import ModelSpec, Numbers, Plan, Weights, WorldSpec
 from strategies.errors import ConfigError
 from strategies.world import World
 from trainer.data import Loader, Order, accumulation_of
@@ -162,9 +162,14 @@ def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: C
         job.strategy.forward_backward(model, [batch], trainer.loss, max(batch.num_targets, 1))
         optimizer.zero_grad(set_to_none=True)
 
-    spec = ModelSpec(num_parameters=num_parameters, num_trainable=num_trainable)
-    moments = spec.num_trainable * spec.slots_per_parameter * job.precision.master_dtype.itemsize
-    size = find_micro_batch(job.world, share, attempt, int(moments))
+    spec = ModelSpec(
+        num_parameters=num_parameters,
+        num_trainable=num_trainable,
+        slots_per_parameter=job.optimizer.slots_per_parameter,
+    )
+    world = WorldSpec(size=job.world.size, local_size=job.world.local_size)
+    moments = job.strategy.footprint(spec, world, plan).moments_bytes
+    size = find_micro_batch(job.world, share, attempt, moments)
     say(f"micro-batch: {size} of {share} samples per rank and step (trainer.micro_batch)")
     return size
 

@@ -95,14 +95,14 @@ class ConstantSchedule(Schedule):
         return 1.0
 
 
-@final
 @dataclass(kw_only=True)
-class LinearSchedule(Schedule):
-    """A straight line from 1 to `final_ratio`. Source: Devlin et al. 2019, appendix A.2."""
+class AbstractFall(Schedule):
+    """One fall from the end of the warmup to the last step."""
 
     final_ratio: float = 0.0
     """The factor of the last step."""
 
+    @final
     def _check(self) -> None:
         _check_share(self, "final_ratio", self.final_ratio)
 
@@ -110,27 +110,34 @@ class LinearSchedule(Schedule):
     def _needs_total(self) -> bool:
         return True
 
+    @final
     def _shape(self, step: int, total: int | None) -> float:
-        return 1.0 + (self.final_ratio - 1.0) * self._done(step, total)
+        return self.final_ratio + (1.0 - self.final_ratio) * self._left(self._done(step, total))
+
+    @abstractmethod
+    def _left(self, done: float) -> float:
+        """What is left of the fall, from 1 to 0, when the share `done` of the way is."""
 
 
 @final
 @dataclass(kw_only=True)
-class CosineSchedule(Schedule):
+class LinearSchedule(AbstractFall):
+    """A straight line from 1 to `final_ratio`. Source: Devlin et al. 2019, appendix A.2."""
+
+    def _left(self, done: float) -> float:
+        return 1.0 - done
+
+
+@final
+@dataclass(kw_only=True)
+class CosineSchedule(AbstractFall):
     """Half a cosine from 1 to `final_ratio`, once. Source: Loshchilov and Hutter 2017, equation 5, without restarts."""
 
     final_ratio: float = 0.1
     """The factor of the last step."""
 
-    def _check(self) -> None:
-        _check_share(self, "final_ratio", self.final_ratio)
-
-    @property
-    def _needs_total(self) -> bool:
-        return True
-
-    def _shape(self, step: int, total: int | None) -> float:
-        return self.final_ratio + (1.0 - self.final_ratio) * 0.5 * (1.0 + math.cos(math.pi * self._done(step, total)))
+    def _left(self, done: float) -> float:
+        return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @final
