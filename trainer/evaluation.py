@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
 from strategies.base import Batch, LossFunction, Strategy
 from strategies.world import World
+from trainer.stop import StopRequest
 
 
 def evaluate_batches(
@@ -42,6 +43,26 @@ def evaluate_batches(
     mine = [float(total), float(targets), *(value for name in names for value in ratios[name].tolist())]
     loss, count, *rest = world.reduce(mine)
     return {"loss": loss / count if count else math.nan, **as_ratios(names, rest)}
+
+
+class EvaluationStopped(Exception):  # noqa: N818
+    """Some rank was told to stop; raised on all before the same batch."""
+
+
+def until_stopped(batches: Iterable[Batch], world: World, request: StopRequest) -> Iterator[Batch]:
+    """`batches`, unless a rank is told to stop. Collective; one message per batch, which no batch waits for.
+
+    Raises:
+        EvaluationStopped: a rank was told to stop, or is out of time.
+    """
+    answer = None
+    for batch in batches:
+        if answer is not None and any(answer()):
+            raise EvaluationStopped
+        answer = world.reduce_later([request.signal != 0, request.out_of_time()], "max")
+        yield batch
+    if answer is not None:
+        answer()
 
 
 def as_ratios(names: list[str], sums: list[float]) -> dict[str, float]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from strategies.base import State
 from strategies.errors import ConfigError
 from trainer.assembly import Parts
-from trainer.checkpoint import Checkpointer, Record
+from trainer.checkpoint import Checkpointer, Found, Record, Saved
+from trainer.checkpoint.manifest import folder_of, step_of
 from trainer.ema import WeightAverage
 from trainer.job import Job
 from trainer.progress import Progress
@@ -29,19 +30,29 @@ class Keeper:
     parts: Parts
     average: WeightAverage | None
     say: Callable[[str], None]
+    warn: Callable[[str], None]
 
     def __post_init__(self) -> None:
-        self.files = Checkpointer(self.job.folder / "checkpoints", self.job.world, self.job.checkpoints)
+        config = self.job.checkpoints
+        address = self.job.world.broadcast(_absolute(config.folder or str(self.job.folder / "checkpoints")))
+        self.files = Checkpointer(address, self.job.world, config, self.warn)
+        self.save_s = 0.0
+        """Seconds that a checkpoint takes, as far as is known."""
 
     def state(self) -> State:
         """The strategy's canonical state."""
         return self.job.strategy.state(self.parts.model, self.parts.optimizer)
 
-    def save(self, progress: Progress) -> float:
-        """Write a checkpoint; the seconds that it took."""
+    def save(self, progress: Progress, **more: Any) -> None:
+        """Write a checkpoint, or begin to.
+
+        Args:
+            progress: at which step and sample.
+            more: further fields of its record.
+        """
         state, rank = self.state(), self.job.world.rank
         local = self._local(state)
-        tensors = _tensors(state) | {f"local/{rank}/{name}": value for name, value in local.items()}
+        tensors = _tensors(state)
         if self.average is not None:
             tensors |= {f"average/{name}": value for name, value in self.average.tensors().items()}
         record = Record(
@@ -53,49 +64,76 @@ class Keeper:
             config=dict(self.job.config),
             local=sorted(local),
             average=self.average is not None,
+            save_s=self.save_s,
+            **more,
         )
-        return self.files.save(tensors, record)
+        self.files.save(tensors, {f"local/{rank}/{name}": value for name, value in local.items()}, record)
 
-    def to_resume(self) -> Path | None:
+    def finished(self) -> Saved | None:
+        """The checkpoint that became complete since the last call; doesn't wait."""
+        saved = self.files.finished()
+        if saved is not None:
+            self.save_s = saved.seconds
+        return saved
+
+    def to_resume(self) -> Found | None:
         """The checkpoint to go on from; None: begin afresh.
 
         Raises:
-            ConfigError: what `resume` asks for isn't there, or would overwrite newer checkpoints.
+            ConfigError: what `resume` asks for isn't there or isn't whole, or would overwrite newer checkpoints.
         """
-        newest, wish = self.files.newest(), self.job.resume
+        wish = self.job.resume
         if wish == "auto":
-            return newest
+            return self.files.newest()
+        newest = self.files.newest_step()
         if wish == "never":
             if newest is not None:
                 raise ConfigError(
-                    f"Run: {self.job.folder} already holds {newest.name}, and resume=never would overwrite it. "
-                    "Choose another run.dir, or resume=auto (resume)."
+                    f"Run: {self.files.address} already holds {folder_of(newest)}, and resume=never would overwrite "
+                    "it. Choose another run.dir, or resume=auto (resume)."
                 )
             return None
-        path = Path(self.job.world.broadcast(str(Path(wish).expanduser().absolute())))
-        if other := Checkpointer(path / "checkpoints", self.job.world, self.job.checkpoints).newest():
-            path = other
-        if newest is None or path == newest:
-            return path
-        if path.parent == newest.parent:
+        address, step = self._place(self.job.world.broadcast(_absolute(wish)))
+        if newest is None:
+            return self._named(address, step)
+        if address != self.files.address:
+            return self.files.newest()  # started from there once, and has come further since
+        if step not in (None, newest):
             raise ConfigError(
-                f"Run: {self.job.folder} holds {newest.name}, which is newer than {path.name} and would be "
+                f"Run: {address} holds {folder_of(newest)}, which is newer than {folder_of(step or 0)} and would be "
                 "overwritten. Choose another run.dir to branch off, or resume=auto (run.dir, resume)."
             )
-        return newest  # started from `path` once, and has come further since
+        return self.files.newest() if step is None else self.files.at(step)
 
-    def load(self, path: Path) -> tuple[Progress, list[str]]:
-        """Take up the checkpoint at `path`, whichever strategy and however many ranks wrote it.
+    def _place(self, address: str) -> tuple[str, int | None]:
+        """The checkpoint folder that an address is of or in, and the step that it names."""
+        above, _, last = address.rstrip("/").rpartition("/")
+        if (step := step_of(last)) is not None:
+            return above, step
+        inside = f"{address}/checkpoints"
+        return (inside if self.job.world.broadcast(Path(inside).is_dir()) else address), None
+
+    def _named(self, address: str, step: int | None) -> Found:
+        files = Checkpointer(address, self.job.world, self.job.checkpoints, self.warn, write=False)
+        found = files.newest() if step is None else files.at(step)
+        if found is None:
+            raise ConfigError(
+                f"Run: {address} holds no complete checkpoint. Name a run's folder, or a checkpoint's (resume)."
+            )
+        return found
+
+    def load(self, found: Found) -> tuple[Progress, Record]:
+        """Take up a checkpoint, whichever strategy and however many ranks wrote it.
 
         Returns:
-            How far it had come, and what changed in the configuration since, one line each.
+            How far it had come, and what else was noted with it.
 
         Raises:
             ConfigError: it is damaged, or of another model or optimizer; on every rank.
         """
         job, world = self.job, self.job.world
         with world.together():
-            record = self.files.read_record(path)
+            record = self.files.read_record(found)
         template = job.strategy.state_template(self.parts.model, self.parts.optimizer)
         tensors, mine = _tensors(template), dict[str, Tensor]()
         if record.world_size == world.size:
@@ -105,7 +143,8 @@ class Keeper:
         if self.average is not None and record.average:
             averages = {name: torch.zeros_like(value) for name, value in template.weights.items()}
             tensors |= {f"average/{name}": value for name, value in averages.items()}
-        self.files.load(path, tensors)
+        self.files.load(found, tensors)
+        self.save_s = record.save_s
         template.scaler, template.local = record.scaler, _part(mine, "strategy.")
         job.strategy.load_state(self.parts.model, self.parts.optimizer, template)
         if self.average is not None and averages:
@@ -114,7 +153,11 @@ class Keeper:
             hook.load_state(record.hooks.get(name, {}))
         progress = Progress(**_typed(record.progress))
         self._restore_random(_part(mine, "rng."), record, progress)
-        return progress, differences(record.config, job.config) if record.config else []
+        return progress, record
+
+    def changes(self, record: Record) -> list[str]:
+        """In the configuration since then, one line each."""
+        return differences(record.config, self.job.config) if record.config else []
 
     def _restore_random(self, streams: dict[str, Tensor], record: Record, progress: Progress) -> None:
         if streams:
@@ -143,3 +186,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _typed(raw: dict[str, float]) -> dict[str, Any]:
     return {name: value if name == "seconds" else int(value) for name, value in raw.items()}
+
+
+def _absolute(address: str) -> str:
+    return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())

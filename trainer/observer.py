@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from strategies.base import Batch
 from strategies.errors import ConfigError
-from strategies.world import World
+from strategies.world import Launch, World
 from trainer.assembly import Parts
 from trainer.metrics.base import AbstractLogger
 from trainer.metrics.clock import StepClock
 from trainer.metrics.display import Display
+from trainer.metrics.events import EVENTS, marks, note, read_events
 from trainer.metrics.jsonl import MetricsFile
 from trainer.metrics.loggers import Loggers
 from trainer.metrics.memory import peak_memory_mib
@@ -23,15 +24,12 @@ from trainer.metrics.plots import write_plots
 from trainer.metrics.summary import summary_table, write_summary
 from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
 from trainer.progress import Progress
-
-_STARTS = "starts.jsonl"
+from trainer.run_folder import redacted_words
 
 
 def draw_plots(folder: Path, say: Callable[[str], None]) -> list[Path]:
     """Draw the plots of the run in `folder`, with a mark wherever it went on after a stop; the files."""
-    starts = folder / _STARTS
-    lines = starts.read_text().splitlines() if starts.is_file() else []
-    resumes = [step for line in lines if (step := json.loads(line)["step"]) > 0]
+    resumes = [mark.step for mark in marks(read_events(folder)) if mark.kind == "resume"]
     return write_plots(folder, resumes, say)
 
 
@@ -39,11 +37,28 @@ class Observer:
     """Used on every rank alike; only rank 0 shows and writes, the others keep their log file."""
 
     def __init__(
-        self, folder: Path, world: World, loggers: Mapping[str, AbstractLogger], config: Mapping[str, Any]
+        self,
+        folder: Path,
+        world: World,
+        loggers: Mapping[str, AbstractLogger],
+        config: Mapping[str, Any],
+        strategy: str = "",
     ) -> None:
+        """Ready to `say`; everything else comes after `open`.
+
+        Args:
+            folder: the run's.
+            world: who takes part.
+            loggers: by name.
+            config: resolved, without secrets.
+            strategy: as it was chosen; "": not known.
+        """
         self.clock = StepClock()
         self._folder = folder
         self._world = world
+        self._strategy = strategy
+        self._step = 0
+        self._under_way = False
         self._config = config
         self._display = Display(None, world.rank)
         self._loggers = Loggers(loggers if world.rank == 0 else {}, self.say)
@@ -53,7 +68,22 @@ class Observer:
         """A line for the person at the terminal."""
         self._display.message(text)
 
-    def open(self, progress: Progress, parts: Parts, total_steps: int | None, changes: Sequence[str]) -> None:
+    def fell_back(self, text: str) -> None:
+        """A damaged checkpoint was passed over; `text` says which, why, and what was taken instead."""
+        self._warn("fell_back", text)
+
+    def continuity(self, text: str) -> None:
+        """The numbers after a resume don't fit those before; `text` says which and by how much."""
+        self._warn("continuity", text)
+
+    def open(
+        self,
+        progress: Progress,
+        parts: Parts,
+        total_steps: int | None,
+        changes: Sequence[str],
+        checkpoint: str | None = None,
+    ) -> None:
         """The run is about to take its first step of this start.
 
         Args:
@@ -61,6 +91,7 @@ class Observer:
             parts: what it works with.
             total_steps: where it ends, if that is known.
             changes: in the configuration since the checkpoint that it goes on from.
+            checkpoint: the address of that one; None: it begins afresh.
 
         Raises:
             ConfigError: a logger's library is missing, or the folder can't be written; on every rank.
@@ -68,7 +99,8 @@ class Observer:
         with self._world.together():
             self._loggers.open(self._folder, self._config, progress.step)
             if self._world.rank == 0:
-                self._open_files(progress.step, changes)
+                self._open_files(progress.step, changes, checkpoint)
+        self._step, self._under_way = progress.step, True
         self._display.set_total(total_steps, progress.step)
         self._display.start()
         self._num_parameters, self._num_trainable = parts.num_parameters, parts.num_trainable
@@ -79,6 +111,7 @@ class Observer:
 
     def advance(self, step: int) -> None:
         """A step was done; cheap."""
+        self._step = step
         self._display.advance(step)
 
     def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -115,18 +148,32 @@ class Observer:
         finally:
             self._display.checkpoint(done=True)
 
+    def saved(self, step: int, *, seconds: float, stall_s: float, num_bytes: int) -> None:
+        """A checkpoint is complete.
+
+        Args:
+            step: that it holds.
+            seconds: from its beginning until it was published.
+            stall_s: seconds of these that the steps stood still for it.
+            num_bytes: of all its files, of all ranks.
+        """
+        self._note("checkpoint", step=step, seconds=seconds, stall_s=stall_s, bytes=num_bytes)
+
     def text(self, step: int, name: str, text: str) -> None:
         """A text for the loggers."""
         self._loggers.text(step, name, text)
 
     def rolled_back(self, progress: Progress) -> None:
         """Drop what was written after `progress.step`."""
+        self._note("rollback", step=progress.step, last_seen_step=self._step)
+        self._step = progress.step
         if self._file is not None:
             self._file.rewind(progress.step)
         self._loggers.rewind(progress.step)
 
     def finish(self, progress: Progress, reason: str, *, stopped: bool) -> None:
         """Write the summary and the plots, and show them."""
+        self._end("stopped" if stopped else "finished", reason)
         peak = self._world.reduce([peak_memory_mib(self._world.device)], "max")[0]
         progress.seconds += self.clock.lap()
         more = {"num_parameters": self._num_parameters, "world_size": self._world.size, "stopped": stopped}
@@ -157,31 +204,56 @@ class Observer:
             mine = False
         return self._world.broadcast(mine)
 
-    def _open_files(self, step: int, changes: Sequence[str]) -> None:
+    def _open_files(self, step: int, changes: Sequence[str], checkpoint: str | None) -> None:
         try:
             self._file = MetricsFile(self._folder / "metrics.jsonl", step)
-            self._note_start(step, changes)
+            note(
+                self._folder,
+                "start",
+                step=step,
+                last_seen_step=self._file.reached,
+                checkpoint=checkpoint,
+                strategy=self._strategy,
+                world_size=self._world.size,
+                device=self._world.device.type,
+                host=platform.node(),
+                restarts=Launch.from_env().restart,
+                changes=list(changes),
+            )
         except OSError as error:
             raise ConfigError(
                 f"Run: {self._folder} can't be written: {error.strerror}. Free space, or choose another (run.dir)."
             ) from error
 
-    def _note_start(self, step: int, changes: Sequence[str]) -> None:
-        start = {
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
-            "step": step,
-            "world_size": self._world.size,
-            "changes": list(changes),
-        }
-        with (self._folder / _STARTS).open("a") as file:
-            file.write(json.dumps(start) + "\n")
+    def close(self, error: BaseException | None = None) -> None:
+        """Flush and leave the terminal as it was; may be called twice.
 
-    def close(self) -> None:
-        """Flush and leave the terminal as it was; may be called twice."""
+        Args:
+            error: what ended the run; None: nothing did, or nobody knows.
+        """
+        if error is not None:
+            self._end("failed", f"{type(error).__name__}: {error}")
         self._display.close()
         self._loggers.close()
         if self._file is not None:
             self._file.close()
+
+    def _end(self, outcome: str, reason: str) -> None:
+        if self._under_way:
+            [reason] = redacted_words([reason])
+            self._note("end", step=self._step, outcome=outcome, reason=reason)
+        self._under_way = False
+
+    def _warn(self, event: str, text: str) -> None:
+        self.say(f"WARNING: {text}")
+        self._note(event, step=self._step, text=text)
+
+    def _note(self, event: str, **entries: Any) -> None:
+        if self._world.rank == 0:
+            try:
+                note(self._folder, event, **entries)
+            except OSError as error:  # as with metrics.jsonl: the training matters more
+                self.say(f"{EVENTS} can't be written, a line of kind {event} is missing there: {error}")
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
         if self._file is not None:

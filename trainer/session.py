@@ -11,9 +11,10 @@ import torch
 from strategies.base import Batch, LossSum, LossTerms, StepInfo
 from strategies.errors import TrainingError
 from trainer.assembly import assemble, workers_of
+from trainer.continuity import Continuity
 from trainer.data import evaluation_batches
 from trainer.ema import WeightAverage
-from trainer.evaluation import as_ratios, evaluate_batches
+from trainer.evaluation import EvaluationStopped, as_ratios, evaluate_batches, until_stopped
 from trainer.feed import Feed, GlobalStep
 from trainer.hooks.base import Moment
 from trainer.job import Job
@@ -58,29 +59,40 @@ class Session:
         self._begun_at = 0
         self._saved_at: int | None = None
         self._evaluated_at: int | None = None
+        self._evaluation_due = False
+        self._fresh: dict[str, float] = {}  # numbers of this very step
+        self._continuity = Continuity()
         self._skips = torch.zeros(2, device=self.world.device)  # not yet read; in a row
         self._unreported = 0
+        self._warned = False
 
     def __enter__(self) -> Session:
         limit = seconds(self.trainer.max_time, "trainer.max_time")
-        self.request = StopRequest(limit, announce=self.world.rank == 0)
+        grace = seconds(self.trainer.grace, "trainer.grace")
+        self.request = StopRequest(limit, announce=self.world.rank == 0, grace_s=grace)
         self.observer = Observer(self.job.folder, self.world, self.job.loggers, self.job.config)
         self.clock = self.observer.clock
-        self.request.listen()
+        decay = self.trainer.ema_decay
+        self.average = None if decay is None else WeightAverage(decay)
         try:
             self.parts = assemble(self.trainer, self.job, self.observer.say)
+            self.keeper = Keeper(
+                job=self.job,
+                parts=self.parts,
+                average=self.average,
+                say=self.observer.say,
+                warn=self.observer.fell_back,
+            )
         except BaseException:
             self._close()
             raise
         self.model, self.optimizer = self.parts.model, self.parts.optimizer
-        decay = self.trainer.ema_decay
-        self.average = None if decay is None else WeightAverage(decay)
-        self.keeper = Keeper(job=self.job, parts=self.parts, average=self.average, say=self.observer.say)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.keeper.files.close()
         self.parts.loader.close()
         self._close()
 
@@ -94,9 +106,12 @@ class Session:
         changes: list[str] = []
         found = self.keeper.to_resume()
         if found is not None:
-            self.progress, changes = self.keeper.load(found)
+            self.progress, record = self.keeper.load(found)
+            changes = self.keeper.changes(record)
             self._saved_at = self.progress.step
-            say(f"going on from {found} (step {self.progress.step})")
+            self._evaluation_due = record.evaluation_due
+            self._continuity.resume(record.recent)
+            say(f"going on from {found.address} (step {self.progress.step})")
             for change in changes:
                 say(f"changed since then: {change}")
         if self.average is not None and not self.average.tensors():
@@ -107,7 +122,10 @@ class Session:
         end = "until the time is up" if self.total_steps is None else f"until step {self.total_steps}"
         say(self.parts.describe(self.world, f"{end} ({self.limit})"))
         self.observer.open(self.progress, self.parts, self.total_steps, changes)
+        self.request.listen()
         self._call_hooks("on_start")
+        if self._evaluation_due and self.due(self.trainer.eval_every):
+            self.evaluate(self.trainer.eval_samples)
 
     def next_step(self) -> GlobalStep | None:
         """The next step's input; None: a limit is reached, or all ranks agreed to stop."""
@@ -134,8 +152,10 @@ class Session:
         self._skips = torch.stack([self._skips[0] + flag, (self._skips[1] + 1) * flag])
         if self.average is not None:
             self.average.update(self.keeper.state().weights)
+        self._fresh = {}
         self.clock.step_done(info.communication_s, tokens=step.tokens)
         self.observer.advance(self.progress.step)
+        self._note_saved()
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every `every` steps happens now."""
@@ -153,7 +173,7 @@ class Session:
         *sums, norm = torch.stack([value.double() for value in mine]).tolist()
         loss, *rest = self.world.reduce(sums)
         self._read_skips()
-        self.metrics |= self.observer.log(
+        self._fresh |= self.observer.log(
             self.progress,
             {
                 "loss": loss / step.targets,
@@ -166,6 +186,11 @@ class Session:
                 "skipped": self.progress.skipped,
             },
         )
+        self.metrics |= self._fresh
+        self.request.reserve_s = self.keeper.save_s + self._fresh["step_s"]
+        jump = self._continuity.note(self.progress.step, self._fresh["loss"], norm)
+        if jump is not None:
+            self.observer.continuity(jump)
         self._call_hooks("on_log")
         if self._unreported:
             self._not_finite()
@@ -217,12 +242,18 @@ class Session:
         """Evaluate on the same `limit` validation samples each time; None: on all."""
         if not self.parts.data.validation:
             return
-        with self.clock.measure("evaluation"):
-            found = {f"val_{name}": value for name, value in self._evaluated(limit).items()}
-            if self.average is not None:
-                with self.average.swapped(self.keeper.state().weights):
-                    found |= {f"ema_val_{name}": value for name, value in self._evaluated(limit).items()}
+        self._evaluation_due = False
+        try:
+            with self.clock.measure("evaluation"):
+                found = {f"val_{name}": value for name, value in self._evaluated(limit).items()}
+                if self.average is not None:
+                    with self.average.swapped(self.keeper.state().weights):
+                        found |= {f"ema_val_{name}": value for name, value in self._evaluated(limit).items()}
+        except EvaluationStopped:
+            self._evaluation_due = True
+            return
         self._evaluated_at = None if limit is not None else self.progress.step
+        self._fresh |= found
         self.metrics |= found
         self.observer.evaluated(self.progress, found)
         self._call_hooks("on_evaluate")
@@ -242,7 +273,8 @@ class Session:
         )
         chosen = len(samples) if limit is None else min(limit, len(samples))
         shown = self.observer.evaluating(batches, -(-chosen // (world.data_size * self.parts.plan.micro_batch)))
-        return evaluate_batches(self.strategy, self.model, world, shown, self._scored)
+        wanted = until_stopped(shown, world, self.request)
+        return evaluate_batches(self.strategy, self.model, world, wanted, self._scored)
 
     def _scored(self, outputs: object, batch: Batch) -> LossTerms:
         terms = self.trainer.loss(outputs, batch)
@@ -256,22 +288,48 @@ class Session:
         with self.clock.measure("checkpoint"), self.observer.saving():
             self._read_skips()
             self.progress.seconds += self.clock.lap()
-            took = self.keeper.save(self.progress)
+            self.keeper.save(
+                self.progress,
+                metrics=self._fresh,
+                recent=self._continuity.recent,
+                evaluation_due=self._evaluation_due,
+            )
         self._saved_at = self.progress.step
-        self.observer.say(f"checkpoint at step {self.progress.step} ({took:.2f} s)")
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Say so once a checkpoint is complete."""
+        saved = self.keeper.finished()
+        if saved is None:
+            return
+        self.observer.saved(saved.step, seconds=saved.seconds, stall_s=saved.stall_s, num_bytes=saved.num_bytes)
+        background = f", training waited {saved.stall_s:.2f} s" if saved.stall_s < saved.seconds else ""
+        self.observer.say(f"checkpoint at step {saved.step} ({saved.seconds:.2f} s{background})")
+        if saved.seconds > self.request.grace_s and not self._warned:
+            self._warned = True
+            self.observer.say(
+                f"that is longer than the {self.request.grace_s:.0f} s that a signal leaves before the kill: "
+                "write checkpoints more often, or ask for more time (checkpoint.every, trainer.grace)"
+            )
 
     def finish(self) -> Outcome:
         """Write the last checkpoint, evaluate on everything, and say how it went."""
         assert self.reason is not None
         if self.progress.step > 0:
             self.save()  # first, since somebody who waits for the rest may lose patience
+            with self.clock.measure("checkpoint"):
+                self.keeper.files.wait()
+            self._note_saved()
         if not self._stopped:
             if self.progress.step == self._begun_at and self.observer.has_finished(self.progress.step):
                 self.observer.say(f"nothing left to do: {self.reason}; raise the limit to go on")
             else:
                 if self._evaluated_at != self.progress.step:
                     self.evaluate(None)
-                self._call_hooks("on_end")
+                if self._evaluation_due:
+                    self.reason, self._stopped = "stopped during the last evaluation", True
+                else:
+                    self._call_hooks("on_end")
         self.observer.finish(self.progress, self.reason, stopped=self._stopped)
         return Outcome(progress=self.progress, reason=self.reason, stopped=self._stopped, metrics=self.metrics)
 

@@ -27,9 +27,13 @@ class StopRequest:
         announce: tell the person at the terminal that a signal was heard.
     """
 
-    def __init__(self, max_time_s: float | None, *, announce: bool = False) -> None:
+    def __init__(self, max_time_s: float | None, *, announce: bool = False, grace_s: float | None = None) -> None:
         self.signal = 0
         """Number of the signal that was heard; 0: none."""
+        self.grace_s = 30.0 if grace_s is None else grace_s
+        """Seconds between a signal and the kill."""
+        self.reserve_s = 0.0
+        """Seconds that one more step and a checkpoint take, as far as is known."""
         self._asked_at = 0.0
         self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
         self._announce = announce
@@ -49,8 +53,8 @@ class StopRequest:
         self._before = {}
 
     def out_of_time(self) -> bool:
-        """The time limit of this start has passed."""
-        return self._deadline is not None and time.monotonic() >= self._deadline
+        """The time limit of this start leaves no time for more than the last checkpoint."""
+        return self._deadline is not None and time.monotonic() + self.reserve_s >= self._deadline
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()

@@ -52,7 +52,9 @@ class Trainer:
     max_tokens: int | None = None
     """Real tokens in all."""
     max_time: int | float | str | None = None
-    """Of this start: seconds, `30m`, `2h` or `HH:MM:SS`; then a checkpoint is written and the exit code is 75."""
+    """Of this start: seconds, `30m`, `2h` or `HH:MM:SS`. Ends with a checkpoint, written by then, and exit code 75."""
+    grace: int | float | str | None = None
+    """Between a signal to stop and the kill; null: 30 s as under torchrun, 120 s on SageMaker, or the launcher's."""
     global_batch: int = 32
     """Samples per optimizer step, over all ranks."""
     micro_batch: int | None = None
@@ -88,6 +90,7 @@ class Trainer:
                 f"Trainer: ema_decay={self.ema_decay} is not between 0 and 1. Try 0.999, or null (trainer.ema_decay)."
             )
         seconds(self.max_time, "trainer.max_time")
+        seconds(self.grace, "trainer.grace")
         self.task: Task | None = None
 
     # What a subclass may override.

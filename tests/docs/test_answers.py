@@ -13,7 +13,6 @@ from strategies.world import Launch, World, open_store
 from tests.trainer.commands.jobs import ROOT, command
 from tests.trainer.jobs import TINY, fit, lines
 from trainer.checkpoint import Checkpointer, Checkpoints
-from trainer.checkpoint.metadata import IndexReader
 
 ANSWERS = ROOT / "docs" / "examples" / "answers.jsonl"
 
@@ -67,14 +66,14 @@ def test_answers_pretrained_exported_and_fine_tuned(workers: Workers, tmp_path: 
 def _stored_base(folder: Path) -> dict[str, torch.Tensor]:
     """The weights beside the adapters in a run's newest checkpoint, by the names of the model without adapters."""
     keeper = Checkpointer(
-        folder / "checkpoints", World(device=torch.device("cpu"), store=open_store(Launch())), Checkpoints()
+        str(folder / "checkpoints"), World(device=torch.device("cpu"), store=open_store(Launch())), Checkpoints()
     )
-    path = keeper.newest()
-    assert path is not None
-    sizes = IndexReader(path / "tensors").read_metadata().state_dict_metadata
-    names = [name for name in sizes if name.startswith("weights/") and ".lora_" not in name]
-    found = {name: torch.empty(sizes[name].size) for name in names}
-    keeper.load(path, found)
+    newest = keeper.newest()
+    assert newest is not None
+    shapes = keeper.shapes(newest)
+    names = [name for name in shapes if name.startswith("weights/") and ".lora_" not in name]
+    found = {name: torch.empty(shapes[name]) for name in names}
+    keeper.load(newest, found)
     return {
         name.removeprefix("weights/base_model.model.").replace(".base_layer", ""): value
         for name, value in found.items()

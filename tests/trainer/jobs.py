@@ -222,3 +222,11 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def losses(folder: Path) -> list[Any]:
     """The training loss of each logged step."""
     return [line["loss"] for line in lines(folder) if "loss" in line]
+
+
+def record_of(folder: Path, step: int | None = None) -> dict[str, Any]:
+    """What isn't a tensor of a run's checkpoint, the newest one or that of `step`; it is complete."""
+    places = sorted((folder / "checkpoints").glob("step-*" if step is None else f"step-{step:08d}"))
+    attempt = json.loads((places[-1] / "manifest.json").read_text())["content"]["attempt"]
+    found: dict[str, Any] = json.loads((places[-1] / attempt / "state.json").read_text())
+    return found

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from strategies.testing import Workers
-from tests.trainer.jobs import ROWS, curve, fit, fit_each, lines
+from tests.trainer.jobs import ROWS, curve, fit, fit_each, lines, record_of
 from tests.trainer.test_fit import run
 
 
@@ -49,23 +48,34 @@ def test_fault_fp16_with_a_policy_that_its_loss_scale_contradicts_is_refused(
     assert "trainer.on_nonfinite" in answer["message"]
 
 
-@pytest.mark.parametrize("damage", ["torn", "null", "fields", "tensors"])
-def test_fault_damaged_newest_checkpoint_is_one_line_on_all_ranks(
-    workers: Workers, tmp_path: Path, damage: str
+@pytest.mark.parametrize("async_save", ["false", "true"])
+def test_fault_damaged_newest_checkpoint_is_passed_over_and_all_ends_the_same(
+    workers: Workers, tmp_path: Path, async_save: str
 ) -> None:
-    run(workers, tmp_path / "run", 2, "checkpoint.every=5", trainer="Rows")
-    newest = tmp_path / "run" / "checkpoints" / "step-00000010"
-    state = newest / "state.json"
-    if damage == "tensors":
-        (newest / "tensors" / "__1_0.distcp").unlink()
-    else:
-        raw = json.loads(state.read_text())
-        damaged = {"torn": state.read_text()[:-9], "null": "null", "fields": json.dumps({**raw, "new": 1})}
-        state.write_text(damaged[damage])
+    keys = ("checkpoint.every=5", f"checkpoint.async_save={async_save}", "trainer.dropout=0.2", "schedule=constant")
+    run(workers, tmp_path / "whole", 2, *keys, "trainer.max_steps=12", trainer="Rows")
+    run(workers, tmp_path / "run", 2, *keys, trainer="Rows")
+    (shard,) = (tmp_path / "run" / "checkpoints" / "step-00000010").rglob("__1_0.distcp")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    run(workers, tmp_path / "run", 2, *keys, "trainer.max_steps=12", trainer="Rows")
+    assert curve(tmp_path / "run") == curve(tmp_path / "whole")
+    text = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
+    assert "step-00000010" in text
+    assert "going back to step-00000005" in text
+
+
+def test_fault_no_whole_checkpoint_is_one_line_on_all_ranks_and_changes_nothing(
+    workers: Workers, tmp_path: Path
+) -> None:
+    run(workers, tmp_path / "run", 2, trainer="Rows")
+    (shard,) = (tmp_path / "run" / "checkpoints").rglob("__1_0.distcp")
+    shard.unlink()
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
     answer = run(workers, tmp_path / "run", 2, "trainer.max_steps=12", trainer="Rows", refused=True)
     assert answer["error"] == "ConfigError", answer
-    assert str(newest) in answer["message"]
+    assert "__1_0.distcp is missing" in answer["message"]
     assert "\n" not in answer["message"]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
 def test_fault_metrics_that_cant_be_written_dont_end_the_run(workers: Workers, tmp_path: Path) -> None:
@@ -75,7 +85,7 @@ def test_fault_metrics_that_cant_be_written_dont_end_the_run(workers: Workers, t
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 6, 7, 8, 9, 10]
 
 
-@pytest.mark.parametrize("name", ["logs/rank-1.log", "config.yaml", "starts.jsonl"])
+@pytest.mark.parametrize("name", ["logs/rank-1.log", "config.yaml", "events.jsonl"])
 def test_fault_folder_that_cant_be_written_is_refused_on_all_ranks(workers: Workers, tmp_path: Path, name: str) -> None:
     (tmp_path / "run" / name).mkdir(parents=True)  # a folder where a file is to be
     answer = run(workers, tmp_path / "run", 2, trainer="Rows", refused=True)
@@ -129,7 +139,7 @@ def test_fault_rollback_on_two_ranks_goes_back_everywhere(workers: Workers, tmp_
     run(workers, tmp_path / "run", 2, *keys, trainer="Rows")
     steps = [line["step"] for line in lines(tmp_path / "run")]
     assert steps == list(range(1, len(steps) + 1))
-    record = json.loads(max((tmp_path / "run" / "checkpoints").iterdir()).joinpath("state.json").read_text())
+    record = record_of(tmp_path / "run")
     assert record["hooks"]["counter"]["seen"] == len(steps)
     assert record["progress"]["rollbacks"] == 1
     assert record["progress"]["samples"] == 60

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from strategies.testing import Workers
-from tests.trainer.jobs import ROWS, TINY, curve, fit, lines, losses
+from tests.trainer.jobs import ROWS, TINY, curve, fit, lines, losses, record_of
 
 
 def run(
@@ -218,8 +218,7 @@ def test_fit_nonfinite_step_rolls_back_and_leaves_its_samples_out(workers: Worke
 def test_fit_hook_state_survives_a_restart(workers: Workers, tmp_path: Path) -> None:
     run(workers, tmp_path / "run", 1, "hooks=[killer,counter]", trainer="Rows")
     run(workers, tmp_path / "run", 1, "hooks=[counter]", trainer="Rows")
-    record = json.loads((tmp_path / "run" / "checkpoints" / "step-00000010" / "state.json").read_text())
-    assert record["hooks"]["counter"] == {"seen": 10}
+    assert record_of(tmp_path / "run", 10)["hooks"]["counter"] == {"seen": 10}
 
 
 def test_fit_average_is_evaluated_and_survives_a_restart(workers: Workers, tmp_path: Path) -> None:
@@ -255,7 +254,7 @@ def test_fit_out_of_time_stops_with_a_checkpoint(workers: Workers, tmp_path: Pat
     assert answer["stopped"]
     assert "trainer.max_time" in answer["reason"]
     step = answer["progress"]["step"]
-    assert (tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json").is_file()
+    assert record_of(tmp_path / "run")["progress"]["step"] == step
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

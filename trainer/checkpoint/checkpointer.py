@@ -1,147 +1,213 @@
-"""Write and read `checkpoints/step-XXXXXXXX/`: tensors by torch.distributed.checkpoint, the rest as JSON.
+"""Write and read checkpoints: tensors by torch.distributed.checkpoint, everything else as JSON.
 
     step-00001000/
-        state.json    progress, scaler, hooks, aliases, the configuration; written last
-        tensors/      weights/<name>, optim/<name>/<slot>, average/<name>, local/<rank>/<name>
+        manifest.json       size and SHA-256 of every file; published last, makes the checkpoint real
+        <attempt>/
+            state.json      progress, scaler, hooks, aliases, the configuration
+            tensors/        weights/<name>, optim/<name>/<slot>, average/<name>, local/<rank>/<name>
 
-A folder counts from the moment that it has its name: until then it is called `.partial`.
+Each rank writes, hashes and syncs its own files. Nothing is renamed and no disk needs to be shared.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import heapq
 import json
-import os
-import re
-import shutil
+import secrets
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from strategies.errors import ConfigError, TrainingError
 from strategies.world import World
+from trainer.checkpoint.catalogue import Catalogue, Found
+from trainer.checkpoint.config import Checkpoints, Record
+from trainer.checkpoint.manifest import NAME, Manifest, folder_of
 
-FORMAT = 1
-_NAME = re.compile(r"step-(\d{8,})")
+_FAREWELL_S = 60.0
 
 
-@dataclass(kw_only=True)
-class Checkpoints:
-    """When to write checkpoints and how many to keep; the `checkpoint` group of the configuration."""
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """A checkpoint that became complete."""
 
-    every: int | None = 500
-    """Optimizer steps between checkpoints; null: only at the end and on the way out."""
-    keep: int = 3
-    """How many of the newest stay; 0: all."""
-
-    def __post_init__(self) -> None:
-        if self.every is not None and self.every < 1:
-            raise ConfigError(
-                f"Checkpoints: every={self.every} is below 1. Give optimizer steps, or null (checkpoint.every)."
-            )
-        if self.keep < 0:
-            raise ConfigError(
-                f"Checkpoints: keep={self.keep} is negative. Give a number, or 0 to keep all (checkpoint.keep)."
-            )
+    step: int
+    seconds: float
+    """From the call until it was complete."""
+    stall_s: float
+    """Of these, what the loop waited."""
+    num_bytes: int
+    """Of all its files."""
 
 
 @dataclass(kw_only=True)
-class Record:
-    """Everything of a checkpoint that isn't a tensor."""
+class _Pending:
+    """A save under way."""
 
-    progress: dict[str, float]
-    world_size: int
-    scaler: dict[str, float] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    hooks: dict[str, dict[str, Any]] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    local: list[str] = field(default_factory=list)
-    """Names of the tensors that each rank kept for itself."""
-    average: bool = False
-    """There is a running average of the weights."""
-    format: int = FORMAT
+    step: int
+    state: bytes
+    metrics: dict[str, float]
+    begin: float
+    stall_s: float | None = None
+    """None: the loop waits for all of it."""
+    attempt: str = ""
+
+    @property
+    def folder(self) -> str:
+        return f"{folder_of(self.step)}/{self.attempt}"
 
 
 class Checkpointer:
-    """The one writer and reader of `folder`. Every method is collective unless it says otherwise."""
+    """The one writer and reader below `address`. Every method is collective unless it says otherwise.
 
-    def __init__(self, folder: Path, world: World, config: Checkpoints) -> None:
-        self._folder = folder
-        self._world = world
+    All its messages go over the group for checkpoints, so that a save may go on in a thread of its own while
+    the loop uses the others.
+
+    Args:
+        address: a folder, or what fsspec knows.
+        world: the ranks.
+        config: when, where, how many.
+        warn: hears of damaged checkpoints that were passed over.
+        write: make sure now that checkpoints can be written there.
+
+    Raises:
+        ConfigError: they can't.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        world: World,
+        config: Checkpoints,
+        warn: Callable[[str], None] = lambda text: None,
+        *,
+        write: bool = True,
+    ) -> None:
+        self._world = replace(world, control=world.checkpoint)
         self._config = config
+        self._found = Catalogue(address, self._world, config, warn, write=write)
+        # Torch remarks that a lone process writes alone. Not around each call, since these come from a thread.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        self._copies: dict[str, Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._outcome: Saved | BaseException | None = None
 
-    def newest(self) -> Path | None:
-        """The newest complete checkpoint, as rank 0 sees it; None: there is none."""
-        mine = [str(path) for path in self._complete()]
-        found = self._world.broadcast(mine)
-        return Path(found[-1]) if found else None
+    @property
+    def address(self) -> str:
+        """Where the checkpoints lie."""
+        return self._found.store.address
 
-    def save(self, tensors: Mapping[str, Tensor], record: Record) -> float:
-        """Write a checkpoint; return the seconds that it took.
+    @property
+    def staged_bytes(self) -> int:
+        """Host memory of this rank that the copies for asynchronous saves take; not collective."""
+        return sum(copy.numel() * copy.element_size() for copy in self._copies.values())
+
+    def newest(self) -> Found | None:
+        """The newest checkpoint that is complete and whole, past damaged ones; None: there never was one.
 
         Raises:
-            TrainingError: some rank couldn't write (disk full, no permission); on every rank. What was
-                there before stays.
+            ConfigError: there are checkpoints, and none is whole.
         """
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.api import CheckpointException
+        self.wait()
+        return self._found.newest()
 
+    def newest_step(self) -> int | None:
+        """Of the newest that claims to be complete, its files unread."""
+        self.wait()
+        return max((manifest.step for manifest in self._found.complete()), default=None)
+
+    def at(self, step: int) -> Found:
+        """The checkpoint of `step`.
+
+        Raises:
+            ConfigError: there is none, or it is damaged.
+        """
+        self.wait()
+        return self._found.at(step)
+
+    def save(self, tensors: Mapping[str, Tensor], local: Mapping[str, Tensor], record: Record) -> None:
+        """Write a checkpoint; with `async_save`, copy what it needs and let a thread write it.
+
+        Args:
+            tensors: the same names on every rank; a plain tensor has the same values everywhere, and some
+                rank writes it; of a sharded one each rank writes its shard.
+            local: this rank's own; names that no other rank has.
+            record: the rest; equal on every rank.
+
+        Raises:
+            TrainingError: this save, or the one before, failed on some rank (disk full, no permission); on
+                every rank. Earlier checkpoints are as they were.
+        """
+        self.wait()
         begin = time.perf_counter()
-        final = self._folder / f"step-{int(record.progress['step']):08d}"
-        partial = final.with_name(final.name + ".partial")
-        try:
-            with self._world.together():
-                if self._world.rank == 0:
-                    shutil.rmtree(partial, ignore_errors=True)
-                    (partial / "tensors").mkdir(parents=True)
-            writer = dcp.FileSystemWriter(partial / "tensors", sync_files=True)
-            with _quiet():
-                dcp.save(
-                    dict(tensors),
-                    storage_writer=writer,
-                    process_group=self._world.checkpoint,
-                    no_dist=self._world.checkpoint is None,
-                )
-            with self._world.together():
-                if self._world.rank == 0:
-                    _write_durably(partial / "state.json", json.dumps(asdict(record), indent=1))
-                    _publish(partial, final)
-                    self._prune()
-        except (Exception, CheckpointException) as error:  # torch's own isn't an Exception
-            if self._world.rank == 0:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise TrainingError(
-                f"Checkpoint: {final} can't be written: {_first_line(error)}. "
-                "Earlier checkpoints are untouched; free disk space or choose another run.dir, and start again."
-            ) from error
-        return time.perf_counter() - begin
+        mine = self._share(tensors) | dict(local)
+        pending = _Pending(
+            step=int(record.progress["step"]),
+            state=json.dumps(asdict(record), indent=1).encode(),
+            metrics=record.metrics,
+            begin=begin,
+        )
+        if not self._config.async_save:
+            self._complete(mine, pending)
+            self.wait()
+            return
+        copies = self._stage(mine)
+        pending.stall_s = time.perf_counter() - begin
+        self._thread = threading.Thread(target=self._complete, args=(copies, pending), name="checkpoint", daemon=True)
+        self._thread.start()
 
-    def read_record(self, path: Path) -> Record:
-        """The JSON part of the checkpoint at `path`; not collective.
+    def finished(self) -> Saved | None:
+        """The save that ended since the last call, if it ended well; not collective, and doesn't wait.
+
+        One that failed is reported by the next `save` or `wait`, on every rank at once.
+        """
+        if not isinstance(self._outcome, Saved) or (self._thread is not None and self._thread.is_alive()):
+            return None
+        found, self._outcome = self._outcome, None
+        return found
+
+    def wait(self) -> None:
+        """Let a save that is under way come to its end.
 
         Raises:
-            ConfigError: there is no such checkpoint, or it is damaged or of an unknown format.
+            TrainingError: it failed; on every rank.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if isinstance(self._outcome, BaseException):
+            error, self._outcome = self._outcome, None
+            raise error
+
+    def close(self) -> None:
+        """On the way out, perhaps after an error: give a save that is under way the time to end; not collective."""
+        if self._thread is not None:
+            self._thread.join(_FAREWELL_S)
+        self._copies = {}
+
+    def read_record(self, found: Found) -> Record:
+        """The JSON part of a checkpoint; not collective.
+
+        Raises:
+            ConfigError: it can't be read.
         """
         try:
-            raw = dict(json.loads((path / "state.json").read_text()))
-            if raw.get("format") == FORMAT:
-                return Record(**raw)
+            return Record(**json.loads(found.store.read(f"{found.folder}/state.json")))
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(
-                f"Checkpoint: {path} is not a complete checkpoint: {error}. "
+                f"Checkpoint: {found.address} is not a complete checkpoint: {_first_line(error)}. "
                 "Remove that folder to go on from the one before, or name another (resume)."
             ) from error
-        raise ConfigError(
-            f"Checkpoint: {path} has format {raw.get('format')!r}, this version reads {FORMAT}. "
-            "Use the version that wrote it, or start afresh with another run.dir (run.dir)."
-        )
 
-    def load(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+    def load(self, found: Found, tensors: Mapping[str, Tensor]) -> None:
         """Read into `tensors`, in place.
 
         Raises:
@@ -152,88 +218,147 @@ class Checkpointer:
 
         from trainer.checkpoint.metadata import IndexReader
 
-        reader = IndexReader(path / "tensors")
+        reader = IndexReader(found.store, f"{found.folder}/tensors")
         with self._world.together():
-            _check(path, tensors, reader)
+            _check(found.address, tensors, reader)
         try:
-            with _quiet():
-                dcp.load(
-                    dict(tensors),
-                    storage_reader=reader,
-                    process_group=self._world.checkpoint,
-                    no_dist=self._world.checkpoint is None,
-                )
+            dcp.load(
+                dict(tensors),
+                storage_reader=reader,
+                process_group=self._world.checkpoint,
+                no_dist=self._world.checkpoint is None,
+            )
         except CheckpointException as error:
             raise ConfigError(
-                f"Checkpoint: {path} is damaged: {_first_line(error)}. Remove its folder, or name another (resume)."
+                f"Checkpoint: {found.address} is damaged: {_first_line(error)}. Remove its folder, or name another "
+                "(resume)."
             ) from error
 
-    def names(self, path: Path) -> list[str]:
-        """The tensors that the checkpoint at `path` holds; not collective."""
+    def shapes(self, found: Found) -> dict[str, tuple[int, ...]]:
+        """Name and shape of each tensor of a checkpoint; not collective."""
         from trainer.checkpoint.metadata import IndexReader
 
-        return sorted(IndexReader(path / "tensors").read_metadata().state_dict_metadata)
+        stored = IndexReader(found.store, f"{found.folder}/tensors").read_metadata().state_dict_metadata
+        return {name: tuple(getattr(entry, "size", ())) for name, entry in sorted(stored.items())}
 
-    def _complete(self) -> list[Path]:
-        if not self._folder.is_dir():
-            return []
-        found = [path for path in self._folder.iterdir() if _NAME.fullmatch(path.name)]
-        return sorted((path for path in found if (path / "state.json").is_file()), key=_step)
+    # The phases of a save.
 
-    def _prune(self) -> None:
-        for torn in self._folder.glob("step-*.partial"):  # of a start that was killed while it wrote
-            shutil.rmtree(torn, ignore_errors=True)
-        if self._config.keep:
-            for old in self._complete()[: -self._config.keep]:
-                shutil.rmtree(old, ignore_errors=True)
+    def _share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this rank writes: shards, and of what all ranks have alike a part of about equal size."""
+        whole = sorted((name for name, value in tensors.items() if not _sharded(value)), key=str)
+        loads = [(0, rank) for rank in range(self._world.size)]
+        mine = {name: value for name, value in tensors.items() if _sharded(value)}
+        for name in sorted(whole, key=lambda name: -tensors[name].numel() * tensors[name].element_size()):
+            load, rank = heapq.heappop(loads)
+            heapq.heappush(loads, (load + tensors[name].numel() * tensors[name].element_size(), rank))
+            if rank == self._world.rank:
+                mine[name] = tensors[name]
+        return mine
+
+    def _stage(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies in host memory that are used again and again; the loop waits for them."""
+        on_device = self._world.device.type != "cpu"
+        for name, value in tensors.items():
+            copy = self._copies.get(name)
+            if copy is None or copy.shape != value.shape or copy.dtype != value.dtype:
+                copy = torch.empty_like(value, device="cpu", pin_memory=on_device and not _sharded(value))
+                self._copies[name] = copy
+            copy.copy_(value, non_blocking=on_device)
+        if on_device:
+            torch.accelerator.synchronize()
+        return {name: self._copies[name] for name in tensors}
+
+    def _complete(self, tensors: dict[str, Tensor], pending: _Pending) -> None:
+        """Write, publish, sweep; the outcome is for `wait` and `finished`."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            pending.attempt = self._world.broadcast(secrets.token_hex(4))
+            manifest = self._publish(pending, self._write(tensors, pending))
+            self._sweep(manifest)
+        except (Exception, CheckpointException) as error:  # torch's own isn't an Exception
+            self._discard(pending)
+            self._outcome = self._explained(error, pending)
+            return
+        seconds = time.perf_counter() - pending.begin
+        stall_s = seconds if pending.stall_s is None else pending.stall_s
+        self._outcome = Saved(step=pending.step, seconds=seconds, stall_s=stall_s, num_bytes=manifest.size)
+
+    def _write(self, tensors: dict[str, Tensor], pending: _Pending) -> dict[str, tuple[int, str]]:
+        """This rank's tensors; name in the store -> bytes and SHA-256 of its files."""
+        import torch.distributed.checkpoint as dcp
+
+        from trainer.checkpoint.metadata import StoreWriter
+
+        writer = StoreWriter(self._found.store, f"{pending.folder}/tensors")
+        dcp.save(
+            tensors,
+            storage_writer=writer,
+            process_group=self._world.checkpoint,
+            no_dist=self._world.checkpoint is None,
+        )
+        return writer.written
+
+    def _publish(self, pending: _Pending, files: dict[str, tuple[int, str]]) -> Manifest:
+        """Make it real, once every rank's files are durable."""
+        step, name = folder_of(pending.step), f"{pending.folder}/state.json"
+        everything = {name: (len(pending.state), hashlib.sha256(pending.state).hexdigest())}
+        for told in self._world.gather(files):
+            everything |= {written: (int(size), str(digest)) for written, (size, digest) in told.items()}
+        manifest = Manifest(
+            step=pending.step,
+            attempt=pending.attempt,
+            saved_at=self._world.broadcast(time.time()),
+            files={written.removeprefix(f"{step}/"): entry for written, entry in sorted(everything.items())},
+            metrics=pending.metrics,
+        )
+        with self._world.together():
+            if self._world.rank == 0:
+                with self._found.store.create(name) as file:
+                    file.write(pending.state)
+                self._found.store.publish(f"{step}/{NAME}", manifest.to_bytes())
+        return manifest
+
+    def _sweep(self, newest: Manifest) -> None:
+        """Remove what retention doesn't keep. A failure here loses nothing, and is tried again next time."""
+        with contextlib.suppress(OSError, ConfigError):
+            self._found.sweep(newest)
+
+    def _discard(self, pending: _Pending) -> None:
+        """What a failed save left of this rank's; a full disk has better use for the space."""
+        if pending.attempt and self._found.leads:
+            with contextlib.suppress(OSError):
+                self._found.store.remove(self._found.store.sizes(pending.folder))
+
+    def _explained(self, error: BaseException, pending: _Pending) -> BaseException:
+        if "gloo" in str(error):  # another rank is gone: that is what should be said, by whoever knows
+            return error
+        found = TrainingError(
+            f"Checkpoint: {self.address}/{folder_of(pending.step)} can't be written: {_first_line(error)}. "
+            "Earlier checkpoints are untouched; free disk space or choose another run.dir, and start again."
+        )
+        found.__cause__ = error
+        return found
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _sharded(value: Tensor) -> bool:
+    return hasattr(value, "placements")  # a DTensor, whose import costs more than this
 
 
-def _check(path: Path, tensors: Mapping[str, Tensor], reader: Any) -> None:
+def _check(address: str, tensors: Mapping[str, Tensor], reader: Any) -> None:
     stored = reader.read_metadata().state_dict_metadata
     for name, value in tensors.items():
         if name not in stored:
             raise ConfigError(
-                f"Checkpoint: {path} has no {name!r}. Use the model and optimizer that wrote it (model, optimizer), "
+                f"Checkpoint: {address} has no {name!r}. Use the model and optimizer that wrote it (model, optimizer), "
                 "or start afresh with another run.dir (run.dir)."
             )
         size = tuple(getattr(stored[name], "size", ()))
         if size != tuple(value.shape):
             raise ConfigError(
-                f"Checkpoint: {name!r} has shape {size} in {path} and {tuple(value.shape)} in this run. "
+                f"Checkpoint: {name!r} has shape {size} in {address} and {tuple(value.shape)} in this run. "
                 "Use the model that wrote it (model), or start afresh with another run.dir (run.dir)."
             )
-
-
-def _publish(partial: Path, final: Path) -> None:
-    if final.exists():  # a step taken again after a rollback
-        stale = final.with_name(final.name + ".stale")
-        shutil.rmtree(stale, ignore_errors=True)
-        final.rename(stale)
-        partial.rename(final)
-        shutil.rmtree(stale, ignore_errors=True)
-    else:
-        partial.rename(final)
-    _sync(final.parent)
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_line(error: BaseException) -> str:
@@ -242,11 +367,3 @@ def _first_line(error: BaseException) -> str:
     if failures:
         error, *_ = next(iter(failures.values()))
     return (str(error) or type(error).__name__).splitlines()[0]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's remark that a lone process writes alone."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        yield

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.commands import Parser
 
 if TYPE_CHECKING:
-    from trainer.checkpoint import Checkpointer, Record
+    from trainer.checkpoint import Checkpointer, Found, Record
 
 
 def parser() -> Parser:
@@ -41,31 +41,37 @@ def export(source: Path, target: Path, *, average: bool = False) -> int:
     from strategies.errors import ConfigError
 
     _refuse_used(target)
-    path, keeper = _find(source)
-    record = keeper.read_record(path)
+    found, keeper = _find(source)
+    record = keeper.read_record(found)
     if average and not record.average:
-        raise ConfigError(f"export: {path} holds no running average. Train with trainer.ema_decay, or drop --average.")
+        raise ConfigError(
+            f"export: {found.address} holds no running average. Train with trainer.ema_decay, or drop --average."
+        )
     try:
-        _write(path, keeper, record, target, "average" if average else "weights")
+        _write(found, keeper, record, target, "average" if average else "weights")
     except OSError as error:
         raise ConfigError(f"export: {target} can't be written: {error.strerror or error}. Choose another.") from error
     return int(record.progress["step"])
 
 
-def _find(source: Path) -> tuple[Path, Checkpointer]:
+def _find(source: Path) -> tuple[Found, Checkpointer]:
     import torch
 
     from strategies.errors import ConfigError
     from strategies.world import Launch, World, open_store
     from trainer.checkpoint import Checkpointer, Checkpoints
+    from trainer.checkpoint.manifest import step_of
 
     world = World(device=torch.device("cpu"), store=open_store(Launch()))
-    of_run = (source / "checkpoints").is_dir()
-    keeper = Checkpointer(source / "checkpoints" if of_run else source.parent, world, Checkpoints())
-    path = keeper.newest() if of_run else source
-    if path is None or not path.is_dir():
+    source = source.expanduser().absolute()
+    step = step_of(source.name)
+    inside = source / "checkpoints"
+    folder = source.parent if step is not None else inside if inside.is_dir() else source
+    keeper = Checkpointer(str(folder), world, Checkpoints(), write=False)
+    found = keeper.newest() if step is None else keeper.at(step)
+    if found is None:
         raise ConfigError(f"export: {source} holds no complete checkpoint. Name a run's folder or a checkpoint's.")
-    return path, keeper
+    return found, keeper
 
 
 def _refuse_used(target: Path) -> None:
@@ -75,15 +81,15 @@ def _refuse_used(target: Path) -> None:
         raise ConfigError(f"export: {target} is there already. Choose a new folder, so that nothing is overwritten.")
 
 
-def _write(path: Path, keeper: Checkpointer, record: Record, target: Path, kind: str) -> None:
+def _write(found: Found, keeper: Checkpointer, record: Record, target: Path, kind: str) -> None:
     from trainer.commands.parts import tokenizer_of
     from trainer.models.library import quiet
 
     tokenizer = tokenizer_of(record.config.get("data"))
     if tokenizer is None:
-        _keep_vocabulary(record, path)
+        _keep_vocabulary(record, keeper.shapes(found))
     trained = _model(record, tokenizer)
-    module: Any = _filled(trained, path, keeper, record, kind)
+    module: Any = _filled(trained, found, keeper, record, kind)
     plain = trained if not trained.lora.rank else _model(record, tokenizer, lora={})
     target.mkdir(parents=True, exist_ok=True)
     with quiet():
@@ -106,11 +112,10 @@ def _model(record: Record, tokenizer: Any, **changes: Any) -> Any:
     return model
 
 
-def _keep_vocabulary(record: Record, path: Path) -> None:
+def _keep_vocabulary(record: Record, shapes: dict[str, tuple[int, ...]]) -> None:
     """Where a Trainer subclass brought the tokenizer, only the weights know how many tokens it had."""
     import torch
 
-    from trainer.checkpoint.metadata import IndexReader
     from trainer.models.initialise import bare
 
     model = _model(record, None)
@@ -118,14 +123,13 @@ def _keep_vocabulary(record: Record, path: Path) -> None:
         module = bare(model.make())
     embedding = module.get_input_embeddings().weight
     name = next(name for name, value in module.named_parameters(remove_duplicate=False) if value is embedding)
-    stored = IndexReader(path / "tensors").read_metadata().state_dict_metadata
-    same = (key for key in stored if key == f"weights/{name}" or key.endswith(f".{name}"))  # beside adapters: longer
-    size = next((getattr(stored[key], "size", (0,))[0] for key in same), 0)
+    same = (key for key in shapes if key == f"weights/{name}" or key.endswith(f".{name}"))  # beside adapters: longer
+    size = next((shapes[key][0] for key in same), 0)
     if size and "vocab_size" not in record.config["model"]["config"]:
         record.config["model"]["config"]["vocab_size"] = size
 
 
-def _filled(model: Any, path: Path, keeper: Checkpointer, record: Record, kind: str) -> Any:
+def _filled(model: Any, found: Found, keeper: Checkpointer, record: Record, kind: str) -> Any:
     """The module of `model` with the checkpoint's weights, adapters merged."""
     import torch
 
@@ -135,7 +139,7 @@ def _filled(model: Any, path: Path, keeper: Checkpointer, record: Record, kind: 
         module = model.make()
     empty = {name: torch.empty(value.shape, dtype=value.dtype) for name, value in module.state_dict().items()}
     stored = {name: value for name, value in empty.items() if name not in record.aliases}
-    keeper.load(path, {f"{kind}/{name}": value for name, value in stored.items()})
+    keeper.load(found, {f"{kind}/{name}": value for name, value in stored.items()})
     module.load_state_dict({name: stored[record.aliases.get(name, name)] for name in empty}, assign=True)
     bare(module).tie_weights()
     return module.merge_and_unload() if model.lora.rank else module

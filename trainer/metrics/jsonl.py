@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -34,12 +35,18 @@ class MetricsFile:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file: BinaryIO | None = None
-        self.rewind(step)
+        self.reached = self.rewind(step)
+        """The last step that stood in the file before this start; 0: none did."""
 
-    def rewind(self, step: int) -> None:
-        """Drop what was written after `step`; in one go, so that a crash leaves the old file or the new one."""
+    def rewind(self, step: int) -> int:
+        """Drop what was written after `step`; in one go, so that a crash leaves the old file or the new one.
+
+        Returns:
+            The last step that stood there; 0: none did.
+        """
         self.close()
-        kept = [line for line in _lines(self._path) if line["step"] <= step]
+        found = read(self._path)
+        kept = [line for line in found if line["step"] <= step]
         temporary = self._path.with_name(self._path.name + ".tmp")
         with temporary.open("wb") as file:
             file.writelines(_encode(line) for line in kept)
@@ -50,6 +57,7 @@ class MetricsFile:
         self._file = self._path.open("r+b")
         self._end = self._file.seek(0, os.SEEK_END)
         self._begin = self._end - (len(_encode(self._last)) if self._last else 0)
+        return int(found[-1]["step"]) if found else 0
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add a line; metrics of the step that was written last go into its line.
@@ -93,19 +101,20 @@ class MetricsFile:
 
 def read(path: Path) -> list[Line]:
     """The lines of a `metrics.jsonl`, in order; unreadable ones (torn by a crash) left out; [] without a file."""
-    return list(_lines(path))
+    return [
+        {key: _WORDS.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
+        for line in objects(path)
+        if isinstance(line.get("step"), int)
+    ]
 
 
-def _lines(path: Path) -> Iterator[Line]:
-    if not path.is_file():
-        return
-    for raw in path.read_bytes().split(b"\n"):
-        try:
+def objects(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file that has one in each line; unreadable lines left out; none without a file."""
+    for raw in path.read_bytes().split(b"\n") if path.is_file() else ():
+        with contextlib.suppress(ValueError):
             line = json.loads(raw)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            yield {key: _WORDS.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
+            if isinstance(line, dict):
+                yield line
 
 
 def _encode(line: Line) -> bytes:

@@ -20,7 +20,7 @@ Points = tuple[list[float], list[float]]
 _MOST_POINTS = 2000
 _INK, _GREY, _GRID = "#22313f", "#7f8c8d", "#e3e7ea"
 _BLUE, _ORANGE = "#1f77b4", "#d95f02"
-_KINDS = {
+KINDS = {
     "compute_s": ("compute", "#4c9f8b"),
     "communication_s": ("communication", "#e0a33e"),
     "data_s": ("data", "#5b8bd0"),
@@ -64,7 +64,7 @@ def draw_loss(lines: Sequence[Line], resumes: Sequence[int] = ()) -> Figure | No
     """
     from matplotlib.figure import Figure
 
-    train, held_out, rate = (_series(lines, name) for name in ("loss", "val_loss", "lr"))
+    train, held_out, rate = (series(lines, name) for name in ("loss", "val_loss", "lr"))
     if not train[0] and not held_out[0]:
         return None
     figure = Figure(figsize=(10, 5.8), dpi=120, layout="constrained")
@@ -109,35 +109,27 @@ def draw_step_time(lines: Sequence[Line], resumes: Sequence[int] = ()) -> Figure
     Returns:
         None if no times were logged.
     """
+    parts = time_parts(lines)
+    if not parts:
+        return None
     from matplotlib.figure import Figure
 
-    timed = [line for line in lines if "step_s" in line]
-    if not timed:
-        return None
-    steps = [float(line["step"]) for line in timed]
-    parts: dict[str, Points] = {}
-    for key in _KINDS:
-        values = [1000 * _finite_or_zero(line.get(key, 0.0)) for line in timed]
-        if any(values):
-            parts[key] = thinned((steps, values))
-    if not parts:
-        parts = {"compute_s": thinned((steps, [1000 * _finite_or_zero(line["step_s"]) for line in timed]))}
     sums = {key: math.fsum(values) for key, (_, values) in parts.items()}
     whole = math.fsum(sums.values()) or 1.0
     figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
     axes: Axes = figure.subplots()
     _style(axes)
     # The window of a point reaches back to the one before.
-    bands = [_as_stairs(points) for points in parts.values()]
+    bands = [as_stairs(points) for points in parts.values()]
     axes.stackplot(
         bands[0][0],
         [values for _, values in bands],
-        labels=[f"{_KINDS[key][0]}  {sums[key] / whole:.1%}" for key in parts],
-        colors=[_KINDS[key][1] for key in parts],
+        labels=[f"{KINDS[key][0]}  {sums[key] / whole:.1%}" for key in parts],
+        colors=[KINDS[key][1] for key in parts],
         linewidth=0,
     )
     totals = [math.fsum(values) for values in zip(*(values for _, values in parts.values()), strict=True)]
-    axes.set_ylim(0, 1.15 * _percentile(totals, 0.98))
+    axes.set_ylim(0, 1.15 * percentile(totals, 0.98))
     axes.set_xlim(bands[0][0][0], bands[0][0][-1])
     axes.set_ylabel("ms per step")
     axes.set_xlabel("optimizer step")
@@ -145,6 +137,20 @@ def draw_step_time(lines: Sequence[Line], resumes: Sequence[int] = ()) -> Figure
     _mark(axes, resumes)
     figure.legend(frameon=False, loc="outside right upper")
     return figure
+
+
+def time_parts(lines: Sequence[Line]) -> dict[str, Points]:
+    """Milliseconds of a step by kind (keys of `KINDS`), all at the same steps; {} if no times were logged."""
+    timed = [line for line in lines if "step_s" in line]
+    if not timed:
+        return {}
+    steps = [float(line["step"]) for line in timed]
+    parts: dict[str, Points] = {}
+    for key in KINDS:
+        values = [1000 * _finite_or_zero(line.get(key, 0.0)) for line in timed]
+        if any(values):
+            parts[key] = thinned((steps, values))
+    return parts or {"compute_s": thinned((steps, [1000 * _finite_or_zero(line["step_s"]) for line in timed]))}
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -171,7 +177,21 @@ def thinned(points: Points) -> Points:
     )
 
 
-def _series(lines: Sequence[Line], name: str) -> Points:
+def extremes(points: Points) -> Points:
+    """At most 2000 points that keep every peak: the lowest and the highest of neighbours."""
+    xs, ys = points
+    if len(xs) <= _MOST_POINTS:
+        return points
+    size = math.ceil(2 * len(xs) / _MOST_POINTS)
+    kept: list[int] = []
+    for begin in range(0, len(xs), size):
+        group = range(begin, min(begin + size, len(xs)))
+        kept += sorted({min(group, key=ys.__getitem__), max(group, key=ys.__getitem__)})
+    return [xs[index] for index in kept], [ys[index] for index in kept]
+
+
+def series(lines: Sequence[Line], name: str) -> Points:
+    """The steps at which `name` was logged, and its values; those that aren't finite are left out."""
     found = [
         (float(line["step"]), float(line[name]))
         for line in lines
@@ -184,7 +204,8 @@ def _finite_or_zero(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
 
 
-def _as_stairs(points: Points) -> Points:
+def as_stairs(points: Points) -> Points:
+    """Each value as a level that reaches back to the point before, since that is where its window began."""
     xs, ys = points
     width = xs[1] - xs[0] if len(xs) > 1 else 1.0
     edges = [xs[0] - width, *xs]
@@ -192,7 +213,8 @@ def _as_stairs(points: Points) -> Points:
     return [x for x, _ in stairs], [y for _, y in stairs]
 
 
-def _percentile(values: Sequence[float], part: float) -> float:
+def percentile(values: Sequence[float], part: float) -> float:
+    """The value below which `part` of them lie; 1 in place of 0, so that an axis has a length."""
     return sorted(values)[round(part * (len(values) - 1))] or 1.0
 
 

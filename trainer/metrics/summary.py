@@ -76,12 +76,18 @@ def summary_table(summary: Mapping[str, Any], folder: Path) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_header=False, title="Summary", title_justify="left", title_style="bold")
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _rows(summary, folder):
+    for name, value in summary_rows(summary):
         table.add_row(name, value)
+    table.add_row("files", f"{folder}: {', '.join(['summary.json', *summary['files']])}")
     return table
 
 
-def _rows(summary: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
+def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The same as pairs of name and text.
+
+    Args:
+        summary: from `write_summary`.
+    """
     rows = [("ended", str(summary["reason"])), ("steps", f"{summary.get('step', 0):,.0f}")]
     rate = summary.get("tokens_per_s")
     over_all = f"  ({compact(rate)} per second over everything)" if rate is not None else ""
@@ -101,7 +107,6 @@ def _rows(summary: Mapping[str, Any], folder: Path) -> list[tuple[str, str]]:
     split = sorted(summary["time_split"].items(), key=lambda item: -item[1])
     rows.append(("time went into", ", ".join(f"{name} {part:.1%}" for name, part in split if part >= 0.0005)))
     rows.append(("peak memory", f"{summary['peak_memory_mib']:,.0f} MiB"))
-    rows.append(("files", f"{folder}: {', '.join(['summary.json', *summary['files']])}"))
     return rows
 
 

@@ -36,18 +36,18 @@ def expected(folder: Path, kind: str = "weights") -> torch.nn.Module:
     from trainer.models import HFModel
 
     keeper = Checkpointer(
-        folder / "checkpoints", World(device=torch.device("cpu"), store=open_store(Launch())), Checkpoints()
+        str(folder / "checkpoints"), World(device=torch.device("cpu"), store=open_store(Launch())), Checkpoints()
     )
-    path = keeper.newest()
-    assert path is not None
-    record = keeper.read_record(path)
+    found = keeper.newest()
+    assert found is not None
+    record = keeper.read_record(found)
     model = restored(HFModel, record.config["model"])
     model.prepare(make_tokenizer("bytes"))
     module = model.make()
     mine = {name: value for name, value in module.state_dict().items() if name not in record.aliases}
     for value in mine.values():
         value.zero_()
-    keeper.load(path, {f"{kind}/{name}": value for name, value in mine.items()})
+    keeper.load(found, {f"{kind}/{name}": value for name, value in mine.items()})
     assert any(value.any() for value in mine.values())
     return module.eval()
 
@@ -127,7 +127,7 @@ def test_export_refusals_leave_everything_as_it_was(workers: Workers, tmp_path: 
         ("own", "new", False, "Trainer subclass"),
         ("empty", "new", False, "no complete checkpoint"),
         ("nowhere", "new", False, "no complete checkpoint"),
-        ("used", "new", False, "not a complete checkpoint"),
+        ("used", "new", False, "no complete checkpoint"),
     ]:
         with pytest.raises(ConfigError, match=word) as caught:
             export(tmp_path / source, tmp_path / target, average=average)
