@@ -19,6 +19,7 @@ from torch import nn
 from strategies.base import Batch, LossTerms
 from strategies.errors import ConfigError, TrainingError
 from trainer import Trainer, register
+from trainer.checkpoint.store import FolderStore
 from trainer.data.base import Data
 from trainer.hooks.base import Hook, Moment
 from trainer.metrics.jsonl import MetricsFile
@@ -201,6 +202,13 @@ def fit(folder: str, overrides: list[str], trainer: str = "Trainer") -> dict[str
         "progress": outcome.progress.to_json(),
         "metrics": outcome.metrics,
     }
+
+
+def fit_on_hosts(folder: str, overrides: list[str], disks: list[str]) -> dict[str, Any]:
+    """One start on machines without a common disk: rank `r` has its checkpoints below `disks[r]`."""
+    mine = FolderStore(Path(disks[int(os.environ["RANK"])]))
+    with mock.patch("trainer.checkpoint.catalogue.open_store", return_value=mine):
+        return fit(folder, overrides, "Rows")
 
 
 def fit_each(folders: list[str], overrides: list[str], trainer: str = "Trainer") -> list[dict[str, Any]]:
