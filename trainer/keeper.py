@@ -17,6 +17,7 @@ from trainer.checkpoint import Checkpointer, Found, Record, Saved
 from trainer.checkpoint.manifest import folder_of, step_of
 from trainer.ema import WeightAverage
 from trainer.job import Job
+from trainer.metrics.events import read_events
 from trainer.progress import Progress
 from trainer.random_state import capture, derive, restore, seed_all
 from trainer.run_folder import differences
@@ -84,7 +85,10 @@ class Keeper:
         """
         wish = self.job.resume
         if wish == "auto":
-            return self.files.newest()
+            found = self.files.newest()
+            if found is None:
+                self._refuse_to_begin_again()
+            return found
         newest = self.files.newest_step()
         if wish == "never":
             if newest is not None:
@@ -104,6 +108,15 @@ class Keeper:
                 "overwritten. Choose another run.dir to branch off, or resume=auto (run.dir, resume)."
             )
         return self.files.newest() if step is None else self.files.at(step)
+
+    def _refuse_to_begin_again(self) -> None:
+        """Where checkpoints were written once and none is seen now, beginning afresh would bury what was learned."""
+        steps = [event.get("step") for event in read_events(self.job.folder) if event["event"] == "checkpoint"]
+        if step := self.job.world.broadcast(steps[-1] if steps else None):
+            raise ConfigError(
+                f"Run: {self.job.folder} had a checkpoint at step {step}, and {self.files.address} holds none that is "
+                "complete. Bring it back, or begin afresh with another run.dir (checkpoint.folder, run.dir)."
+            )
 
     def _place(self, address: str) -> tuple[str, int | None]:
         """The checkpoint folder that an address is of or in, and the step that it names."""
