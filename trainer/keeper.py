@@ -53,9 +53,6 @@ class Keeper:
         """
         state, rank = self.state(), self.job.world.rank
         local = self._local(state)
-        tensors = _tensors(state)
-        if self.average is not None:
-            tensors |= {f"average/{name}": value for name, value in self.average.tensors().items()}
         record = Record(
             progress=progress.to_json(),
             world_size=self.job.world.size,
@@ -68,7 +65,17 @@ class Keeper:
             save_s=self.save_s,
             **more,
         )
-        self.files.save(tensors, {f"local/{rank}/{name}": value for name, value in local.items()}, record)
+        self.files.save(self._shared(state), {f"local/{rank}/{name}": value for name, value in local.items()}, record)
+
+    def prepare(self) -> None:
+        """After a step, when all moments are there: what later saves can have ready."""
+        if self.job.checkpoints.async_save:
+            self.files.prepare(self._shared(self.state()))
+
+    def _shared(self, state: State) -> dict[str, Tensor]:
+        """All but what each rank has for itself."""
+        averages = {} if self.average is None else self.average.tensors()
+        return _tensors(state) | {f"average/{name}": value for name, value in averages.items()}
 
     def finished(self) -> Saved | None:
         """The checkpoint that became complete since the last call; doesn't wait."""

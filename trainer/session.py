@@ -64,7 +64,7 @@ class Session:
         self._continuity = Continuity()
         self._skips = torch.zeros(2, device=self.world.device)  # not yet read; in a row
         self._unreported = 0
-        self._warned = False
+        self._warned = self._warned_of_copies = False
 
     def __enter__(self) -> Session:
         limit = seconds(self.trainer.max_time, "trainer.max_time")
@@ -153,6 +153,8 @@ class Session:
         if self.average is not None:
             self.average.update(self.keeper.state().weights)
         self._fresh = {}
+        if self.progress.step == self._begun_at + 1:
+            self.keeper.prepare()
         self.clock.step_done(info.communication_s, tokens=step.tokens)
         self.observer.advance(self.progress.step)
         self._note_saved()
@@ -305,6 +307,9 @@ class Session:
         self.observer.saved(saved.step, seconds=saved.seconds, stall_s=saved.stall_s, num_bytes=saved.num_bytes)
         background = f", training waited {saved.stall_s:.2f} s" if saved.stall_s < saved.seconds else ""
         self.observer.say(f"checkpoint at step {saved.step} ({saved.seconds:.2f} s{background})")
+        if not self._warned_of_copies and (copies := self.keeper.files.staged_bytes):
+            self._warned_of_copies = True
+            self.observer.say(f"copies for saving in the background take {copies / 2**20:.0f} MiB of this rank's memory")
         if saved.seconds > self.request.grace_s and not self._warned:
             self._warned = True
             self.observer.say(

@@ -9,12 +9,13 @@ import os
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast, final
 
 from strategies.errors import ConfigError
 
-_CHUNK = 8 << 20
+_CHUNK = 1 << 20
 
 
 class AbstractStore(ABC):
@@ -68,12 +69,20 @@ class HashedFile(io.RawIOBase):
         super().__init__()
         self._raw = raw
         self._digest = hashlib.sha256()
+        self._hasher = ThreadPoolExecutor(1)
         self.size = 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        self._digest.update(view)
-        self._raw.write(view)
+        if len(view) < _CHUNK:
+            self._digest.update(view)
+            self._raw.write(view)
+        else:  # at the same time, and done with before the caller uses the memory again
+            hashed = self._hasher.submit(self._digest.update, view)
+            try:
+                self._raw.write(view)
+            finally:
+                hashed.result()
         self.size += len(view)
         return len(view)
 
