@@ -209,6 +209,19 @@ class World:
         dist.all_gather(parts, padded, group=self.control)
         return [json.loads(bytes(part[: int(size)].numpy().tobytes())) for part, size in zip(parts, sizes, strict=True)]
 
+    def collect(self, value: Any) -> list[Any] | None:
+        """Every rank's JSON value in rank order, on rank 0 alone; None on the others."""
+        if self.control is None:
+            return [json.loads(json.dumps(value))]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        longest = torch.tensor([data.numel()])
+        dist.all_reduce(longest, op=dist.ReduceOp.MAX, group=self.control)
+        padded = torch.full((int(longest),), ord(" "), dtype=torch.uint8)
+        padded[: data.numel()] = data
+        parts = [torch.empty_like(padded) for _ in range(self.size)] if self.rank == 0 else None
+        dist.gather(padded, parts, dst=0, group=self.control)
+        return None if parts is None else [json.loads(bytes(part.numpy().tobytes())) for part in parts]
+
     def broadcast(self, value: T, source: int = 0) -> T:
         """Rank `source`'s JSON value, on every rank (a tuple comes back as a list)."""
         return cast(T, self.gather(value if self.rank == source else None)[source])

@@ -64,6 +64,7 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
                 compile=config.compile,
                 cache=Path(config.cache),
                 config=redacted(plain),
+                choices=choices,
             )
             with _one_traceback(world, folder):
                 return trainer.fit(job)

@@ -42,3 +42,5 @@ class Job:
     cache: Path = Path("~/.cache/shardwright")
     config: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration with secrets redacted; kept with each checkpoint."""
+    choices: Mapping[str, str] = field(default_factory=dict)
+    """The option chosen in each group."""

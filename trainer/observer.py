@@ -16,7 +16,7 @@ from trainer.assembly import Parts
 from trainer.metrics.base import AbstractLogger
 from trainer.metrics.clock import StepClock
 from trainer.metrics.display import Display
-from trainer.metrics.events import EVENTS, marks, note, read_events
+from trainer.metrics.events import EVENTS, history, note, read_events
 from trainer.metrics.jsonl import MetricsFile
 from trainer.metrics.loggers import Loggers
 from trainer.metrics.memory import peak_memory_mib
@@ -29,7 +29,7 @@ from trainer.run_folder import redacted_words
 
 def draw_plots(folder: Path, say: Callable[[str], None]) -> list[Path]:
     """Draw the plots of the run in `folder`, with a mark wherever it went on after a stop; the files."""
-    resumes = [mark.step for mark in marks(read_events(folder)) if mark.kind == "resume"]
+    resumes = [each.step for each in history(read_events(folder)) if each.kind == "resume" and each.step]
     return write_plots(folder, resumes, say)
 
 
@@ -42,7 +42,7 @@ class Observer:
         world: World,
         loggers: Mapping[str, AbstractLogger],
         config: Mapping[str, Any],
-        strategy: str = "",
+        strategy: str,
     ) -> None:
         """Ready to `say`; everything else comes after `open`.
 
@@ -51,7 +51,7 @@ class Observer:
             world: who takes part.
             loggers: by name.
             config: resolved, without secrets.
-            strategy: as it was chosen; "": not known.
+            strategy: as it was chosen.
         """
         self.clock = StepClock()
         self._folder = folder
@@ -245,8 +245,8 @@ class Observer:
         self._under_way = False
 
     def _warn(self, event: str, text: str) -> None:
-        self.say(f"WARNING: {text}")
-        self._note(event, step=self._step, text=text)
+        self._display.warning(text)
+        self._note(event, step=self._step if self._under_way else None, text=text)
 
     def _note(self, event: str, **entries: Any) -> None:
         if self._world.rank == 0:

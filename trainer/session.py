@@ -70,7 +70,8 @@ class Session:
         limit = seconds(self.trainer.max_time, "trainer.max_time")
         grace = seconds(self.trainer.grace, "trainer.grace")
         self.request = StopRequest(limit, announce=self.world.rank == 0, grace_s=grace)
-        self.observer = Observer(self.job.folder, self.world, self.job.loggers, self.job.config)
+        chosen = self.job.choices.get("strategy") or type(self.strategy).__name__
+        self.observer = Observer(self.job.folder, self.world, self.job.loggers, self.job.config, chosen)
         self.clock = self.observer.clock
         decay = self.trainer.ema_decay
         self.average = None if decay is None else WeightAverage(decay)
@@ -83,8 +84,8 @@ class Session:
                 say=self.observer.say,
                 warn=self.observer.fell_back,
             )
-        except BaseException:
-            self._close()
+        except BaseException as error:
+            self._close(error)
             raise
         self.model, self.optimizer = self.parts.model, self.parts.optimizer
         return self
@@ -94,10 +95,10 @@ class Session:
     ) -> None:
         self.keeper.files.close()
         self.parts.loader.close()
-        self._close()
+        self._close(error)
 
-    def _close(self) -> None:
-        self.observer.close()
+    def _close(self, error: BaseException | None = None) -> None:
+        self.observer.close(error)
         self.request.close()
 
     def start(self) -> None:
@@ -121,7 +122,8 @@ class Session:
         self.total_steps, self.limit = self.parts.limits.steps_in_all(self.progress)
         end = "until the time is up" if self.total_steps is None else f"until step {self.total_steps}"
         say(self.parts.describe(self.world, f"{end} ({self.limit})"))
-        self.observer.open(self.progress, self.parts, self.total_steps, changes)
+        address = None if found is None else found.address
+        self.observer.open(self.progress, self.parts, self.total_steps, changes, address)
         self.request.listen()
         self._call_hooks("on_start")
         if self._evaluation_due and self.due(self.trainer.eval_every):
@@ -309,7 +311,9 @@ class Session:
         self.observer.say(f"checkpoint at step {saved.step} ({saved.seconds:.2f} s{background})")
         if not self._warned_of_copies and (copies := self.keeper.files.staged_bytes):
             self._warned_of_copies = True
-            self.observer.say(f"copies for saving in the background take {copies / 2**20:.0f} MiB of this rank's memory")
+            self.observer.say(
+                f"copies for saving in the background take {copies / 2**20:.0f} MiB of this rank's memory"
+            )
         if saved.seconds > self.request.grace_s and not self._warned:
             self._warned = True
             self.observer.say(

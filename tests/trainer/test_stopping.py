@@ -102,7 +102,7 @@ def test_resume_that_jumps_is_a_loud_warning(workers: Workers, tmp_path: Path) -
     assert "WARNING" not in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     workers.run(fit_forgetful, 2, str(tmp_path / "run"), [*words, "trainer.max_steps=14"], timeout=60)
     text = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
-    assert "WARNING: the run doesn't go on as it was going: at step 13" in text
+    assert "WARNING shardwright: the run doesn't go on as it was going: at step 13" in text
 
 
 def fit_forgetful(folder: str, words: list[str]) -> dict[str, Any]:

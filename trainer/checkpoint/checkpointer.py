@@ -12,7 +12,6 @@ Each rank writes, hashes and syncs its own files. Nothing is renamed and no disk
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import heapq
 import json
 import secrets
@@ -21,7 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,6 +30,9 @@ from strategies.world import World
 from trainer.checkpoint.catalogue import Catalogue, Found
 from trainer.checkpoint.config import Checkpoints, Record
 from trainer.checkpoint.manifest import NAME, Manifest, folder_of
+
+if TYPE_CHECKING:
+    from trainer.checkpoint.metadata import StoreWriter  # imports torch.distributed.checkpoint: half a second
 
 _FAREWELL_S = 60.0
 
@@ -222,26 +224,18 @@ class Checkpointer:
         Raises:
             ConfigError: a name is missing, or has another shape; the index is damaged.
         """
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.api import CheckpointException
-
         from trainer.checkpoint.metadata import IndexReader
 
         reader = IndexReader(found.store, f"{found.folder}/tensors")
         with self._world.together():
             _check(found.address, tensors, reader)
-        try:
-            dcp.load(
-                dict(tensors),
-                storage_reader=reader,
-                process_group=self._world.checkpoint,
-                no_dist=self._world.checkpoint is None,
-            )
-        except CheckpointException as error:
-            raise ConfigError(
-                f"Checkpoint: {found.address} is damaged: {_first_line(error)}. Remove its folder, or name another "
-                "(resume)."
-            ) from error
+            try:
+                reader.read(tensors)
+            except Exception as error:
+                raise ConfigError(
+                    f"Checkpoint: {found.address} is damaged: {_first_line(error)}. Remove its folder, or name "
+                    "another (resume)."
+                ) from error
 
     def shapes(self, found: Found) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a checkpoint; not collective."""
@@ -253,13 +247,13 @@ class Checkpointer:
     # The phases of a save.
 
     def _share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this rank writes: shards, and of what all ranks have alike a part of about equal size."""
-        whole = sorted((name for name, value in tensors.items() if not _sharded(value)), key=str)
+        """What this rank writes: its shards, and of what all ranks have alike a part of about equal size."""
+        mine = {name: value for name, value in tensors.items() if _writes_shard(value)}
+        whole = {name: value.numel() * value.element_size() for name, value in tensors.items() if not _sharded(value)}
         loads = [(0, rank) for rank in range(self._world.size)]
-        mine = {name: value for name, value in tensors.items() if _sharded(value)}
-        for name in sorted(whole, key=lambda name: -tensors[name].numel() * tensors[name].element_size()):
+        for name in sorted(whole, key=lambda name: (-whole[name], name)):
             load, rank = heapq.heappop(loads)
-            heapq.heappush(loads, (load + tensors[name].numel() * tensors[name].element_size(), rank))
+            heapq.heappush(loads, (load + whole[name], rank))
             if rank == self._world.rank:
                 mine[name] = tensors[name]
         return mine
@@ -284,13 +278,12 @@ class Checkpointer:
 
     def _complete(self, tensors: dict[str, Tensor], pending: _Pending) -> None:
         """Write, publish, sweep; the outcome is for `wait` and `finished`."""
-        from torch.distributed.checkpoint.api import CheckpointException
-
         try:
             pending.attempt = self._world.broadcast(secrets.token_hex(4))
-            manifest = self._publish(pending, self._write(tensors, pending))
+            writer = self._write(tensors, pending)
+            manifest = self._publish(pending, writer)
             self._sweep(manifest)
-        except (Exception, CheckpointException) as error:  # torch's own isn't an Exception
+        except Exception as error:
             self._discard(pending)
             self._outcome = self._explained(error, pending)
             return
@@ -298,39 +291,41 @@ class Checkpointer:
         stall_s = seconds if pending.stall_s is None else pending.stall_s
         self._outcome = Saved(step=pending.step, seconds=seconds, stall_s=stall_s, num_bytes=manifest.size)
 
-    def _write(self, tensors: dict[str, Tensor], pending: _Pending) -> dict[str, tuple[int, str]]:
-        """This rank's tensors; name in the store -> bytes and SHA-256 of its files."""
-        import torch.distributed.checkpoint as dcp
-
+    def _write(self, tensors: dict[str, Tensor], pending: _Pending) -> StoreWriter:
+        """This rank's tensors, durable."""
         from trainer.checkpoint.metadata import StoreWriter
 
-        writer = StoreWriter(self._found.store, f"{pending.folder}/tensors")
-        dcp.save(
-            tensors,
-            storage_writer=writer,
-            process_group=self._world.checkpoint,
-            no_dist=self._world.checkpoint is None,
-        )
-        return writer.written
+        writer = StoreWriter(self._found.store, f"{pending.folder}/tensors", self._world.rank)
+        with self._world.together():
+            writer.write(tensors)
+        return writer
 
-    def _publish(self, pending: _Pending, files: dict[str, tuple[int, str]]) -> Manifest:
-        """Make it real, once every rank's files are durable."""
-        step, name = folder_of(pending.step), f"{pending.folder}/state.json"
-        everything = {name: (len(pending.state), hashlib.sha256(pending.state).hexdigest())}
-        for told in self._world.gather(files):
-            everything |= {written: (int(size), str(digest)) for written, (size, digest) in told.items()}
+    def _publish(self, pending: _Pending, writer: StoreWriter) -> Manifest:
+        """Make it real, now that every rank's files are durable."""
+        from trainer.checkpoint.metadata import index_of
+
+        step, store = folder_of(pending.step), self._found.store
+        parts = self._world.collect([writer.index, writer.written])
+        files: dict[str, tuple[int, str]] = {}
+        with self._world.together():
+            if parts is not None:
+                for _, written in parts:
+                    files |= {name: (int(size), str(digest)) for name, (size, digest) in written.items()}
+                index = index_of(part for part, _ in parts)
+                for name, data in (("tensors/.metadata", index), ("state.json", pending.state)):
+                    with store.create(f"{pending.folder}/{name}") as file:
+                        file.write(data)
+                    files[f"{pending.folder}/{name}"] = (file.size, file.hexdigest())
         manifest = Manifest(
             step=pending.step,
             attempt=pending.attempt,
-            saved_at=self._world.broadcast(time.time()),
-            files={written.removeprefix(f"{step}/"): entry for written, entry in sorted(everything.items())},
+            saved_at=time.time(),
+            files={name.removeprefix(f"{step}/"): entry for name, entry in sorted(files.items())},
             metrics=pending.metrics,
         )
         with self._world.together():
             if self._world.rank == 0:
-                with self._found.store.create(name) as file:
-                    file.write(pending.state)
-                self._found.store.publish(f"{step}/{NAME}", manifest.to_bytes())
+                store.publish(f"{step}/{NAME}", manifest.to_bytes())
         return manifest
 
     def _sweep(self, newest: Manifest) -> None:
@@ -359,6 +354,16 @@ def _sharded(value: Tensor) -> bool:
     return hasattr(value, "placements")  # a DTensor, whose import costs more than this
 
 
+def _writes_shard(value: Any) -> bool:
+    """Of ranks that hold the same shard, the first of its mesh writes it."""
+    if not _sharded(value):
+        return False
+    place = value.device_mesh.get_coordinate()
+    return place is not None and not any(
+        place[dim] for dim, placement in enumerate(value.placements) if placement.is_replicate()
+    )
+
+
 def _check(address: str, tensors: Mapping[str, Tensor], reader: Any) -> None:
     stored = reader.read_metadata().state_dict_metadata
     for name, value in tensors.items():
@@ -376,8 +381,4 @@ def _check(address: str, tensors: Mapping[str, Tensor], reader: Any) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The reason, without the traceback that torch puts into its checkpoint errors."""
-    failures = getattr(error, "failures", None)
-    if failures:
-        error, *_ = next(iter(failures.values()))
     return (str(error) or type(error).__name__).splitlines()[0]

@@ -76,5 +76,5 @@ COMMANDS = {
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),
-    "report": Command("trainer.commands.report", "show how a run went or goes, and draw its plots again"),
+    "report": Command("trainer.commands.report", "show how runs went or go, in one HTML page"),
 }

@@ -1,60 +1,79 @@
-"""Show how a run went, or how it goes."""
+"""Show how a run went, or how it goes; several side by side."""
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from trainer.commands import Parser
+
+if TYPE_CHECKING:
+    from trainer.report import Run
 
 
 def parser() -> Parser:
     """`shardwright report`'s own options."""
-    found = Parser("report", "Show how a run went, or how it goes, and draw its plots again.")
-    found.add_argument("run", type=Path, help="the run's folder, such as runs/first")
+    found = Parser("report", "Show how runs went, or go, in one HTML page that needs nothing else.")
+    found.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder, such as runs/first")
+    found.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="the page (default: report.html in the run's folder; of several runs, in the folder that holds the first)",
+    )
+    found.add_argument("--open", action="store_true", help="show the page in a browser")
     return found
 
 
 def main(options: Namespace) -> int:
-    """Print the summary of a run's folder, and draw its plots again."""
-    from rich.console import Console
-
+    """Print the summaries, draw the plots again, and write the page."""
     from strategies.errors import ConfigError
-    from trainer.metrics.jsonl import read
-    from trainer.metrics.summary import summary_table
     from trainer.observer import draw_plots
+    from trainer.report import is_run, read_run, write_page
 
-    folder: Path = options.run
-    if not (folder / "metrics.jsonl").is_file():
-        raise ConfigError(f"report: {folder} holds no metrics.jsonl. Name a run's folder, such as runs/first.")
-    lines, summary = read(folder / "metrics.jsonl"), _summary(folder)
-    if summary is not None:
-        Console().print(summary_table(summary, folder))
-    if lines and (summary is None or lines[-1]["step"] > summary.get("step", 0)):
-        print(f"{'not ended yet, or killed' if summary is None else 'went on since'}: {_newest(lines)}")
-    for path in draw_plots(folder, print):
-        print(path)
+    folders: list[Path] = list(dict.fromkeys(options.runs))
+    for folder in folders:
+        if not is_run(folder):
+            raise ConfigError(
+                f"report: {folder} holds none of metrics.jsonl, events.jsonl and config.yaml. "
+                "Name a run's folder, such as runs/first."
+            )
+    runs = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
+    for run in runs:
+        _show(run)
+        for path in draw_plots(run.folder, print):
+            print(path)
+    beside = folders[0] if len(folders) == 1 else folders[0].resolve().parent
+    page: Path = options.output or beside / "report.html"
+    try:
+        write_page(runs, page)
+    except OSError as error:
+        raise ConfigError(f"report: {page} can't be written: {error.strerror}. Choose another (--output).") from error
+    print(page)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
     return 0
 
 
-def _summary(folder: Path) -> dict[str, Any] | None:
-    """That of the run's last start that came to an end; None: there is none."""
-    try:
-        summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return summary
+def _names(folders: Sequence[Path]) -> list[str]:
+    """What to call the runs: as their folders, with those above where these alone don't tell them apart."""
+    paths = [folder.resolve() for folder in folders]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
 
 
-def _newest(lines: list[dict[str, Any]]) -> str:
-    """The newest number of each kind that people ask for."""
-    from trainer.metrics.text import compact, short
+def _show(run: Run) -> None:
+    from rich.console import Console
 
-    newest: dict[str, Any] = {}
-    for line in lines:
-        newest |= line
-    shown = {"loss": short, "val_loss": short, "tokens": compact, "tokens_per_s": compact}
-    found = [f"{key} {write(newest[key])}" for key, write in shown.items() if key in newest]
-    return ", ".join([f"step {newest['step']:,}", *found])
+    from trainer.metrics.summary import summary_table
+
+    if run.summary is not None:
+        Console().print(summary_table(run.summary, run.folder))
+    print(run.since_summary() or run.state())

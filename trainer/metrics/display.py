@@ -102,6 +102,12 @@ class Display:
         LOGGER.info("%s", text)
         self._screen.print(text)
 
+    def warning(self, text: str) -> None:
+        """A line that nobody must miss."""
+        text = printable(text)
+        LOGGER.warning("%s", text)
+        self._screen.print(f"WARNING: {text}", style="bold yellow")
+
     def show(self, renderable: RenderableType) -> None:
         """A table or another thing of `rich`; as plain text where there is no terminal."""
         text = render(renderable)

@@ -19,12 +19,16 @@ Event = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A place in the curves of a run where something happened to it."""
+class Happening:
+    """A line of a run's history."""
 
-    step: int
+    time: str
+    """As noted; "": nobody was there to note it."""
+    step: int | None
+    """Where in the curves it belongs; None: nowhere."""
     kind: str
-    """resume, kill, failure, change, warning or rollback."""
+    """start, resume, end, kill, failure, rollback, spread (over other devices), change (of the configuration) or
+    warning."""
     text: str
 
 
@@ -50,9 +54,37 @@ def read_events(folder: Path) -> list[Event]:
     return [line for line in objects(folder / EVENTS) if isinstance(line.get("event"), str)]
 
 
-def marks(events: Sequence[Event]) -> list[Mark]:
-    """What to mark in the curves, in the order in which it happened."""
-    return list(_marks(events))
+def history(events: Sequence[Event]) -> list[Happening]:
+    """What happened, oldest first, with the kills that nobody could note; without the checkpoints."""
+    found: list[Happening] = []
+    passed_over: list[Happening] = []  # noted before their start is, but part of it
+    before: Event | None = None
+    ended = True
+    for event in events:
+        time, step, text = str(event.get("time", "")), _step(event, "step"), str(event.get("text", ""))
+        match event["event"]:
+            case "start":
+                seen = _step(event, "last_seen_step")
+                if not ended:
+                    found.append(Happening("", seen, "kill", f"killed: no end was noted; the last step seen is {seen}"))
+                found += passed_over
+                found += _started(before, event)
+                before, ended, passed_over = event, False, []
+            case "end":
+                outcome, ended = event.get("outcome", "ended"), True
+                kind = "failure" if outcome == "failed" else "end"
+                found.append(Happening(time, step, kind, f"{outcome}: {event.get('reason', '')}"))
+            case "rollback":
+                came_to = _step(event, "last_seen_step")
+                found.append(Happening(time, step, "rollback", f"rolled back from step {came_to} to {step}"))
+            case "fell_back" | "continuity":
+                (found if step is not None else passed_over).append(Happening(time, step, "warning", text))
+    return found + passed_over
+
+
+def spread(start: Event) -> str:
+    """How a start was spread: `ddp, 2 x cuda`."""
+    return f"{start.get('strategy') or '?'}, {start.get('world_size', '?')} x {start.get('device', '?')}"
 
 
 def has_ended(events: Sequence[Event]) -> bool:
@@ -61,41 +93,31 @@ def has_ended(events: Sequence[Event]) -> bool:
     return edges[-1:] == ["end"]
 
 
-def _marks(events: Sequence[Event]) -> Iterator[Mark]:
-    before: Event | None = None
-    ended = True
-    for event in events:
-        step = _step(event)
-        match event["event"]:
-            case "start":
-                if not ended:
-                    seen = _step(event, "last_seen_step")
-                    yield Mark(seen, "kill", f"killed after step {seen:,}")
-                if before is not None or step > 0:
-                    yield Mark(step, "resume", f"resumed from step {step:,}")
-                if before is not None and (text := changed(before, event)):
-                    yield Mark(step, "change", text)
-                before, ended = event, False
-            case "end":
-                ended = True
-                if event.get("outcome") == "failed":
-                    yield Mark(step, "failure", f"failed: {event.get('reason', '')}")
-            case "rollback":
-                yield Mark(step, "rollback", f"rolled back to step {step:,}")
-            case "continuity":
-                yield Mark(step, "warning", str(event.get("text", "")))
+def _started(before: Event | None, event: Event) -> Iterator[Happening]:
+    time, step = str(event.get("time", "")), _step(event, "step")
+    fresh = before is None and not step
+    where = f" on {event['host']}" if event.get("host") else ""
+    checkpoint = f", from {event['checkpoint']}" if event.get("checkpoint") else ""
+    restarts = f", restart {event['restarts']} by the launcher" if event.get("restarts") else ""
+    text = f"{'started' if fresh else 'started again'}: {spread(event)}{where}{checkpoint}{restarts}"
+    yield Happening(time, step, "start" if fresh else "resume", text)
+    if before is not None and (difference := _changed(before, event)):
+        yield Happening(time, step, "spread", difference)
+    changes = event.get("changes")
+    for change in changes if isinstance(changes, list) else []:
+        yield Happening(time, step, "change", str(change))
 
 
-def changed(before: Event, after: Event) -> str:
+def _changed(before: Event, after: Event) -> str:
     """What is different in how two starts are spread: `ddp → fsdp_full, 2 → 4 ranks`; "" if nothing is."""
     found = [
-        f"{before.get(key, '?')} → {after.get(key, '?')}{unit}"
+        f"{before.get(key) or '?'} → {after.get(key) or '?'}{unit}"
         for key, unit in (("strategy", ""), ("world_size", " ranks"), ("device", ""))
         if before.get(key) != after.get(key)
     ]
     return ", ".join(found)
 
 
-def _step(event: Event, key: str = "step") -> int:
+def _step(event: Event, key: str) -> int | None:
     value = event.get(key)
-    return value if isinstance(value, int) else 0
+    return value if isinstance(value, int) else None

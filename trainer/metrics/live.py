@@ -87,8 +87,8 @@ class LiveScreen(Screen):
         self._metrics |= metrics
         self.print(line)
 
-    def print(self, text: str) -> None:
-        self._console.print(text, markup=False, soft_wrap=True)
+    def print(self, text: str, style: str | None = None) -> None:
+        self._console.print(text, markup=False, soft_wrap=True, style=style)
 
     def show(self, renderable: RenderableType, text: str) -> None:
         self._console.print(renderable)

@@ -42,7 +42,7 @@ class Screen(ABC):
         """How far something has come that holds up the steps."""
 
     @abstractmethod
-    def print(self, text: str) -> None:
+    def print(self, text: str, style: str | None = None) -> None:
         """A line for people."""
 
     @abstractmethod
@@ -78,7 +78,7 @@ class PlainScreen(Screen):
     def part(self, name: str, done: int, total: int) -> None:
         pass
 
-    def print(self, text: str) -> None:
+    def print(self, text: str, style: str | None = None) -> None:
         if self._stream is not None:
             print(text, file=self._stream, flush=True)
 
