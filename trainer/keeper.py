@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from strategies.base import State
 from strategies.errors import ConfigError
 from trainer.assembly import Parts
 from trainer.checkpoint import Checkpointer, Found, Record, Saved
-from trainer.checkpoint.manifest import folder_of, step_of
+from trainer.checkpoint.catalogue import absolute, place_of
+from trainer.checkpoint.manifest import folder_of
 from trainer.ema import WeightAverage
 from trainer.job import Job
 from trainer.metrics.events import read_events
@@ -35,7 +35,7 @@ class Keeper:
 
     def __post_init__(self) -> None:
         config = self.job.checkpoints
-        address = self.job.world.broadcast(_absolute(config.folder or str(self.job.folder / "checkpoints")))
+        address = self.job.world.broadcast(absolute(config.folder or str(self.job.folder / "checkpoints")))
         self.files = Checkpointer(address, self.job.world, config, self.warn)
         self.save_s = 0.0
         """Seconds that a checkpoint takes, as far as is known."""
@@ -104,7 +104,7 @@ class Keeper:
                     "it. Choose another run.dir, or resume=auto (resume)."
                 )
             return None
-        address, step = self._place(self.job.world.broadcast(_absolute(wish)))
+        address, step = self.job.world.broadcast(place_of(wish))
         if newest is None:
             return self._named(address, step)
         if address != self.files.address:
@@ -124,14 +124,6 @@ class Keeper:
                 f"Run: {self.job.folder} had a checkpoint at step {step}, and {self.files.address} holds none that is "
                 "complete. Bring it back, or begin afresh with another run.dir (checkpoint.folder, run.dir)."
             )
-
-    def _place(self, address: str) -> tuple[str, int | None]:
-        """The checkpoint folder that an address is of or in, and the step that it names."""
-        above, _, last = address.rstrip("/").rpartition("/")
-        if (step := step_of(last)) is not None:
-            return above, step
-        inside = f"{address}/checkpoints"
-        return (inside if self.job.world.broadcast(Path(inside).is_dir()) else address), None
 
     def _named(self, address: str, step: int | None) -> Found:
         files = Checkpointer(address, self.job.world, self.job.checkpoints, self.warn, write=False)
@@ -206,7 +198,3 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def _typed(raw: dict[str, float]) -> dict[str, Any]:
     return {name: value if name == "seconds" else int(value) for name, value in raw.items()}
-
-
-def _absolute(address: str) -> str:
-    return address.rstrip("/") if "://" in address else str(Path(address).expanduser().absolute())

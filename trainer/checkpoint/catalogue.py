@@ -7,6 +7,7 @@ import math
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -307,6 +308,26 @@ class Catalogue:
                     data[: len(read)] = torch.frombuffer(bytearray(read), dtype=torch.uint8)
                 dist.broadcast(data, source, group=self._world.checkpoint)
                 yield data.numpy().tobytes()
+
+
+def place_of(address: str | Path) -> tuple[str, int | None]:
+    """Where the checkpoints lie that somebody names by a run's folder, its checkpoints' folder, or one of them.
+
+    Returns:
+        The folder or address of the checkpoints, and the step where one was named.
+    """
+    whole = absolute(address)
+    above, _, last = whole.rpartition("/")
+    if (step := step_of(last)) is not None:
+        return above, step
+    inside = f"{whole}/checkpoints"
+    return (inside if Path(inside).is_dir() else whole), None
+
+
+def absolute(address: str | Path) -> str:
+    """A folder's full path, or an address with `://` as it is; without a slash at the end."""
+    text = str(address)
+    return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
 
 
 def _what(name: str, listed: dict[int, dict[str, int]], size: int) -> str:

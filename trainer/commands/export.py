@@ -19,7 +19,10 @@ def parser() -> Parser:
         "Turn a checkpoint into a transformers folder: safetensors, configuration and tokenizer. "
         "LoRA adapters are merged into the weights beside which they were trained.",
     )
-    found.add_argument("source", type=Path, help="a run's folder (its newest checkpoint) or a checkpoint's folder")
+    found.add_argument(
+        "source",
+        help="a run's folder (its newest checkpoint), a checkpoint's folder, or an address such as s3://bucket/run",
+    )
     found.add_argument("target", type=Path, help="the folder to write; must be new or empty")
     found.add_argument("--average", action="store_true", help="the running average of the weights (trainer.ema_decay)")
     return found
@@ -32,7 +35,7 @@ def main(options: Namespace) -> int:
     return 0
 
 
-def export(source: Path, target: Path, *, average: bool = False) -> int:
+def export(source: str | Path, target: Path, *, average: bool = False) -> int:
     """Write `target` from `source`, in this process alone; the checkpoint's step.
 
     Raises:
@@ -54,20 +57,17 @@ def export(source: Path, target: Path, *, average: bool = False) -> int:
     return int(record.progress["step"])
 
 
-def _find(source: Path) -> tuple[Found, Checkpointer]:
+def _find(source: str | Path) -> tuple[Found, Checkpointer]:
     import torch
 
     from strategies.errors import ConfigError
     from strategies.world import Launch, World, open_store
     from trainer.checkpoint import Checkpointer, Checkpoints
-    from trainer.checkpoint.manifest import step_of
+    from trainer.checkpoint.catalogue import place_of
 
     world = World(device=torch.device("cpu"), store=open_store(Launch()))
-    source = source.expanduser().absolute()
-    step = step_of(source.name)
-    inside = source / "checkpoints"
-    folder = source.parent if step is not None else inside if inside.is_dir() else source
-    keeper = Checkpointer(str(folder), world, Checkpoints(), write=False)
+    address, step = place_of(source)
+    keeper = Checkpointer(address, world, Checkpoints(), write=False)
     found = keeper.newest() if step is None else keeper.at(step)
     if found is None:
         raise ConfigError(f"export: {source} holds no complete checkpoint. Name a run's folder or a checkpoint's.")
