@@ -106,6 +106,8 @@ def connect_ranks(backend: Backend) -> World:
         torch.cuda.set_device(device)
     if backend.interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = backend.interface
+    elif launch.local_size == launch.size and (loopback := _loopback()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # nobody else needs to reach these ports
     if launch.size == 1 and "MASTER_ADDR" not in os.environ:
         # An in-memory store has no address to rendezvous at: a file-less group of one.
         store = dist.HashStore()
@@ -130,3 +132,14 @@ def connect_ranks(backend: Backend) -> World:
         control=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+def _loopback() -> str | None:
+    """The interface of 127.0.0.1, if it is up."""
+    import psutil
+
+    states = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == "127.0.0.1" for entry in addresses) and name in states and states[name].isup:
+            return str(name)
+    return None

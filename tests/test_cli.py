@@ -60,7 +60,8 @@ def num_lines(run: Path) -> int:
 
 def starts(run: Path) -> list[int]:
     """The step from which each start went on."""
-    return [json.loads(line)["step"] for line in (run / "starts.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    return [event["step"] for event in events if event["event"] == "start"]
 
 
 def launch(*keys: str) -> list[str]:
@@ -108,7 +109,7 @@ def test_launch_stopped_goes_on_and_survives_a_killed_worker(tmp_path: Path) -> 
         assert process.wait(60) == 75
     _assert_quiet(tmp_path)
     stopped_at = num_lines(run)
-    assert (run / "checkpoints" / f"step-{stopped_at:08d}" / "state.json").is_file()
+    assert (run / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
     assert json.loads((run / "summary.json").read_text())["reason"] == "stopped by SIGINT"
     assert "the same command goes on" in (tmp_path / "out").read_text()
 
@@ -145,7 +146,7 @@ def test_torchrun_told_to_end_leaves_a_checkpoint(tmp_path: Path) -> None:
         wait_for(lambda: num_lines(run) > 5, process)
         process.send_signal(signal.SIGTERM)
         process.wait(60)
-    assert (run / "checkpoints" / f"step-{num_lines(run):08d}" / "state.json").is_file()
+    assert (run / "checkpoints" / f"step-{num_lines(run):08d}" / "manifest.json").is_file()
     assert json.loads((run / "summary.json").read_text())["reason"] == "stopped by SIGTERM"
 
 

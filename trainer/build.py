@@ -17,6 +17,7 @@ from strategies.errors import ConfigError, TrainingError
 from strategies.world import World
 from trainer.config import made
 from trainer.job import Job
+from trainer.liveness import Liveness
 from trainer.metrics.logs import LOGGER, set_up_logs
 from trainer.run_folder import RunFolder, redacted, run_name
 from trainer.session import Outcome
@@ -66,7 +67,7 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
                 config=redacted(plain),
                 choices=choices,
             )
-            with _one_traceback(world, folder):
+            with Liveness(world, folder.path, folder.number) as liveness, _one_traceback(world, folder, liveness):
                 return trainer.fit(job)
         finally:
             strategy.close()
@@ -83,27 +84,47 @@ def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, st
 
 
 @contextmanager
-def _one_traceback(world: World, folder: RunFolder) -> Iterator[None]:
+def _one_traceback(world: World, folder: RunFolder, liveness: Liveness) -> Iterator[None]:
     """The first rank that fails shows why; the others, who fail for want of it, say only who that was.
 
     Raises:
-        TrainingError: another rank failed first, with something that nobody expected.
+        TrainingError: another rank failed first, with something that nobody expected; or it is gone; or memory
+            ran out.
     """
     try:
         yield
     except Exception as error:
-        mine = f"rank {world.rank}: {type(error).__name__}: {error}"
-        key = f"failed/{folder.number}"
+        if not isinstance(error, (ConfigError, TrainingError)):
+            LOGGER.exception("failed")
+        lost = liveness.lost(error)
+        mine = lost or f"rank {world.rank}: {_words(error)}"
         first = mine
         with suppress(Exception):  # the store may be gone together with that rank
-            first = world.store.compare_set(key, "", mine).decode()
+            first = world.store.compare_set(f"failed/{folder.number}", "", mine).decode()
         if isinstance(error, (ConfigError, TrainingError)):
             raise
-        LOGGER.exception("failed")
         if first == mine:
+            if lost or _is_want_of_memory(error):
+                raise TrainingError(mine) from error
             raise
         rank = first.partition(":")[0].replace(" ", "-")
-        raise TrainingError(f"{first} (all of it in {folder.path / 'logs' / rank}.log)") from error
+        where = f" (all of it in {folder.path / 'logs' / rank}.log)" if ":" in first.partition("is gone")[0] else ""
+        raise TrainingError(f"{first}{where}") from error
+
+
+def _words(error: Exception) -> str:
+    if _is_want_of_memory(error):
+        reason = " ".join(str(error).split("\n")[0].split()[:30]) or "MemoryError"
+        fix = "Take fewer samples at a time, or a lower precision (trainer.micro_batch, precision)"
+        return f"out of memory: {reason}. {fix}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    words = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
+    )
 
 
 _MAKERS = {"model": "make_model", "data": "make_data"}

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import signal
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, NoReturn
 
@@ -40,6 +40,7 @@ def run(trainer_class: type[Trainer] | None = None, *defaults: str) -> None:
 
 def exit_code(command: Callable[[], int]) -> int:
     """Run `command`; wrong input and a run that can't go on become one line on stderr, from one rank."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone is worth no stack trace
     try:
         if problem := unsupported_torch():
             print(f"ConfigError: {problem}", file=sys.stderr)
@@ -58,7 +59,7 @@ def _exit_code(command: Callable[[], int]) -> int:
         _say_once(f"ConfigError: {error}")
         return EXIT_WRONG_INPUT
     except TrainingError as error:
-        _say_once(f"TrainingError: {error}")
+        _say_once(f"TrainingError: {error}", anybody=True)
         return 1
 
 
@@ -79,8 +80,13 @@ def unsupported_torch() -> str | None:
     return f"Install: torch {found} is outside {wanted.specifier}. pip install 'shardwright[torch]'."
 
 
-def _say_once(line: str) -> None:
-    """From rank 0; from another rank only if rank 0 has nothing to say about it."""
+def _say_once(line: str, *, anybody: bool = False) -> None:
+    """From rank 0; from another rank only if rank 0 has nothing to say about it.
+
+    Args:
+        line: what to say.
+        anybody: from whichever rank comes first, since rank 0 may be the one that is gone.
+    """
     from strategies.errors import ConfigError
     from strategies.world import Launch, open_store
 
@@ -92,12 +98,11 @@ def _say_once(line: str) -> None:
     if launch.size > 1:
         with contextlib.suppress(Exception):  # the store may be gone with rank 0: better said twice than never
             store = open_store(launch)
-            if launch.rank == 0:
-                store.set("said", line)
-            else:
+            if launch.rank != 0 and not anybody:
                 time.sleep(1.0)
-                if store.check(["said"]):
-                    return
+            mine = f"{launch.rank}: {line}"
+            if store.compare_set("said", "", mine).decode() != mine:
+                return
     print(line, file=sys.stderr, flush=True)
 
 
@@ -106,7 +111,7 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
 
     from trainer.build import makes_its_own, train
     from trainer.config import register_schemas, with_config
-    from trainer.stop import EXIT_STOPPED
+    from trainer.stop import EXIT_STOPPED, leaving_at_once
     from trainer.trainer import Trainer
 
     cls = trainer_class or Trainer
@@ -116,23 +121,9 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
     own = [f"{group}=own" for group in ("model", "data") if makes_its_own(cls, group)]
     _put_before([*own, *defaults])
     stopped: list[bool] = []
-    with _ending_at_once():
+    with leaving_at_once():
         with_config(lambda config, choices: stopped.append(train(config, choices).stopped))
     return EXIT_STOPPED if any(stopped) else 0
-
-
-@contextlib.contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """Ctrl-C before the loop listens: Python's own handler can't end a rank that waits in C++ for another rank."""
-    try:
-        before = signal.signal(signal.SIGINT, signal.SIG_DFL)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _refuse_unknown_flags(words: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from strategies.errors import ConfigError
 from strategies.world import Launch, World, open_store, publish
 
+_PATIENCE_S = 10.0
 _IDENTITY = ("model", "data", "optimizer", "schedule", "precision", "seed")
 _SECRET = re.compile(
     r"(token|secret|password|passwd|passphrase|(api|access|private|secret)_?key|credential)s?$", re.IGNORECASE
@@ -73,9 +74,18 @@ class RunFolder:
             try:
                 self._lock.acquire(timeout=0)
             except Timeout:
-                raise ConfigError(
-                    f"Run: another run is writing to {self.path}. Wait for it, or choose another folder (run.dir)."
-                ) from None
+                self._wait()
+
+    def _wait(self) -> None:
+        """Ranks whose launcher was killed may still be writing their last checkpoint."""
+        assert self._lock is not None
+        sys.stderr.write(f"waiting {_PATIENCE_S:.0f} s for another run to leave {self.path}\n")
+        try:
+            self._lock.acquire(timeout=_PATIENCE_S)
+        except Timeout:
+            raise ConfigError(
+                f"Run: another run is writing to {self.path}. Wait for it, or choose another folder (run.dir)."
+            ) from None
 
     def describe(self, config: Mapping[str, Any], world: World) -> None:
         """Write `config.yaml` and `environment.json`, of the newest start; on rank 0."""

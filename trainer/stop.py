@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
+import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,6 +17,79 @@ from strategies.errors import ConfigError
 EXIT_STOPPED = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 _SAME_STOP_S = 2.0
+
+
+class SignalEars:
+    """Hears signals also while the main thread waits in a library for other ranks, when no Python handler can run.
+
+    Args:
+        noted: called in the main thread, as soon as that runs Python again.
+        heard: called at once, in a thread of its own.
+    """
+
+    def __init__(self, noted: Callable[[int], None], heard: Callable[[int], None]) -> None:
+        self._noted, self._heard = noted, heard
+        self._before: dict[int, Any] = {}
+        self._ends: tuple[int, int] | None = None
+
+    def listen(self, signals: Sequence[int]) -> None:
+        """Take over the signals; only the main thread may, elsewhere they stay with their owner."""
+        try:
+            self._before = {number: signal.signal(number, self._handle) for number in signals}
+        except ValueError:
+            return
+        self._ends = os.pipe()
+        os.set_blocking(self._ends[1], False)
+        self._wakeup_before = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
+        threading.Thread(target=self._listen, args=(self._ends[0],), name="signals", daemon=True).start()
+
+    def close(self) -> None:
+        """Give the signals back; may be called twice."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+        if self._ends is not None:
+            signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
+            os.close(self._ends[1])  # the thread reads the end, and closes its own
+            self._ends = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._noted(number)
+
+    def _listen(self, end: int) -> None:
+        while data := os.read(end, 64):
+            for number in data:
+                self._heard(number)
+        os.close(end)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Until the loop listens there is nothing to save: a signal ends the process, wherever it waits."""
+
+    def leave(number: int) -> None:
+        if number in _SIGNALS:
+            if os.environ.get("RANK", "0") == "0":
+                name = signal.Signals(number).name
+                with contextlib.suppress(OSError):
+                    os.write(2, f"\n{name}: nothing to save yet; the same command begins again\n".encode())
+            os._exit(EXIT_STOPPED)
+
+    ears = SignalEars(lambda number: None, leave)
+    ears.listen(_SIGNALS)
+    try:
+        yield
+    finally:
+        ears.close()
+
+
+def default_grace_s() -> float:
+    """Seconds between a signal and the kill: what the launcher says, or is known to give."""
+    told = os.environ.get("SHARDWRIGHT_GRACE_S")
+    if told is not None:
+        return seconds(told, "SHARDWRIGHT_GRACE_S") or 0.0
+    on_sagemaker = any(name in os.environ for name in ("SM_TRAINING_ENV", "TRAINING_JOB_NAME"))
+    return 120.0 if on_sagemaker else 30.0
 
 
 class StopRequest:
@@ -25,46 +101,51 @@ class StopRequest:
     Args:
         max_time_s: seconds from now after which `out_of_time` holds; None: never.
         announce: tell the person at the terminal that a signal was heard.
+        grace_s: seconds between a signal and the kill; None: `default_grace_s()`.
     """
 
     def __init__(self, max_time_s: float | None, *, announce: bool = False, grace_s: float | None = None) -> None:
         self.signal = 0
         """Number of the signal that was heard; 0: none."""
-        self.grace_s = 30.0 if grace_s is None else grace_s
+        self.grace_s = default_grace_s() if grace_s is None else grace_s
         """Seconds between a signal and the kill."""
         self.reserve_s = 0.0
         """Seconds that one more step and a checkpoint take, as far as is known."""
         self._asked_at = 0.0
         self._deadline = None if max_time_s is None else time.monotonic() + max_time_s
         self._announce = announce
-        self._before: dict[int, Any] = {}
+        self._lock = threading.RLock()
+        self._ears = SignalEars(self._note, self._heard)
 
     def listen(self) -> None:
         """Take over the signals; only the main thread may."""
-        try:
-            self._before = {number: signal.signal(number, self._heard) for number in _SIGNALS}
-        except ValueError:  # not the main thread, as in a notebook's worker: signals stay with their owner
-            self._before = {}
+        self._ears.listen(_SIGNALS)
 
     def close(self) -> None:
         """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._ears.close()
 
     def out_of_time(self) -> bool:
         """The time limit of this start leaves no time for more than the last checkpoint."""
         return self._deadline is not None and time.monotonic() + self.reserve_s >= self._deadline
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.signal and now - self._asked_at > _SAME_STOP_S:
-            os._exit(128 + number)
-        if not self.signal:
-            self.signal, self._asked_at = number, now
-            if self._announce:  # past Python's buffers, in which the signal may have come
-                name = signal.Signals(number).name
+    def _note(self, number: int) -> None:
+        with self._lock:
+            if self.signal:
+                return
+            self.signal, self._asked_at = number, time.monotonic()
+        if self._announce:  # past Python's buffers, in which the signal may have come
+            name = signal.Signals(number).name
+            with contextlib.suppress(OSError):
                 os.write(2, f"\n{name}: stopping at the next step, with a checkpoint; again: at once\n".encode())
+
+    def _heard(self, number: int) -> None:
+        """Only here a signal counts as a second one: the main thread may note the first much later."""
+        if number not in _SIGNALS:
+            return
+        if self.signal and time.monotonic() - self._asked_at > _SAME_STOP_S:
+            os._exit(128 + number)
+        self._note(number)
 
 
 def seconds(value: int | float | str | None, key: str) -> float | None:

@@ -3,45 +3,116 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
+from torch.distributed import PrefixStore, TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from trainer.cli import EXIT_WRONG_INPUT
 from trainer.stop import EXIT_STOPPED
 
-_FINAL = (EXIT_WRONG_INPUT, EXIT_STOPPED)
-"""Exit codes after which the same start would end the same way, or a person wanted the end."""
-_LEAVE_S = 600
+LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""
 _ALONE_S = 30
+
+
+_FINAL = (EXIT_WRONG_INPUT, EXIT_STOPPED)
+"""Exit codes after which the same start would end the same way, or a person wanted the end."""
+
+
+def telling(codes: Iterable[int]) -> int:
+    """Of the workers' exit codes the one that says why the run ended; 0 if all did well.
+
+    Wrong input is everybody's. After a crash the others are told to end, and may do so in good order.
+    """
+    found = [code for code in codes if code != 0]
+
+    def weight(code: int) -> int:
+        if code == EXIT_WRONG_INPUT:
+            return 0
+        if code in (EXIT_STOPPED, -signal.SIGTERM):
+            return 3
+        return 1 if code < 0 else 2
+
+    return min(found, key=weight, default=0)
+
+
+class OneMachine(RendezvousHandler):
+    """Where the workers of this machine meet: a store that listens on 127.0.0.1 only, where torchrun's own listens
+    on every interface.
+    """
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        with socket.socket() as listening:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen(1024)
+            self._port = int(listening.getsockname()[1])
+            self._store = TCPStore(
+                "127.0.0.1",
+                self._port,
+                is_master=True,
+                wait_for_workers=False,
+                master_listen_fd=listening.detach(),
+            )
+
+    def get_backend(self) -> str:
+        return "one-machine"
+
+    @property
+    def use_agent_store(self) -> bool:
+        return True
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        place = RendezvousStoreInfo("127.0.0.1", self._port)
+        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, place)
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        """There is nobody to tell."""
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return self._run_id
+
+    def shutdown(self) -> bool:
+        return True
 
 
 class Agent(LocalElasticAgent):
     """Restarts workers after crashes only, and waits for those that were told to stop."""
 
     def exit_code(self, otherwise: int) -> int:
-        """That of the first worker, in rank order, that didn't end with 0; 0 if all did.
+        """That of the worker that says why the run ended.
 
         Args:
             otherwise: the answer if no worker was started.
         """
         handlers = getattr(self._pcontext, "subprocess_handlers", {})
         codes = [handlers[rank].proc.poll() for rank in sorted(handlers)]
-        if not codes:
-            return otherwise
-        code = next((code for code in codes if code != 0), 0)
-        return otherwise if code is None else shell_code(code)
+        return shell_code(telling(code for code in codes if code is not None)) if codes else otherwise
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)
-        if any(failure.exitcode in _FINAL for failure in result.failures.values()):
+        if result.failures and telling(failure.exitcode for failure in result.failures.values()) in _FINAL:
             self._remaining_restarts = 0
         return result
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        done = worker_group.spec.max_restarts - self._remaining_restarts
+        sys.stderr.write(f"starting again from the newest checkpoint ({done} of {worker_group.spec.max_restarts})\n")
+        super()._restart_workers(worker_group)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, *rest: Any, **more: Any) -> None:
         if isinstance(sys.exc_info()[1], SignalException):
@@ -54,7 +125,7 @@ class Agent(LocalElasticAgent):
         for handler in handlers:
             if handler.proc.poll() is None:
                 handler.close(told)
-        end = time.monotonic() + _LEAVE_S
+        end = time.monotonic() + LEAVE_S
         while time.monotonic() < end:
             codes = [handler.proc.poll() for handler in handlers]
             if None not in codes:

@@ -65,22 +65,18 @@ def launch_local(script: Path, arguments: Sequence[str], processes: int, max_res
     """
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.rendezvous import RendezvousParameters
-    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-    from trainer.commands.agent import Agent, shell_code
+    from trainer.commands.agent import LEAVE_S, Agent, OneMachine, shell_code, telling
 
     logging.disable(logging.ERROR)  # the workers say what is wrong; torchrun's report would only bury that line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    meeting = RendezvousParameters(
-        backend="c10d", endpoint="localhost:0", run_id=uuid.uuid4().hex, min_nodes=1, max_nodes=1
-    )
+    os.environ.setdefault("SHARDWRIGHT_GRACE_S", str(LEAVE_S))
     spec = WorkerSpec(
         role="worker",
         local_world_size=processes,
         entrypoint=sys.executable,
         args=("-u", str(script), *arguments),
-        rdzv_handler=get_rendezvous_handler(meeting),
+        rdzv_handler=OneMachine(uuid.uuid4().hex),
         max_restarts=max_restarts,
         monitor_interval=0.2,
     )
@@ -91,4 +87,4 @@ def launch_local(script: Path, arguments: Sequence[str], processes: int, max_res
         return agent.exit_code(otherwise=128 + int(error.sigval))
     finally:
         logging.disable(logging.NOTSET)
-    return shell_code(min(failures, key=lambda failure: failure.timestamp).exitcode) if failures else 0
+    return shell_code(telling(failure.exitcode for failure in failures))
