@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 EXIT_WRONG_INPUT = 2
+_PARENT = os.getppid()  # before anything slow is imported, in which time it may go
 
 
 def run(trainer_class: type[Trainer] | None = None, *defaults: str) -> None:
@@ -35,7 +36,19 @@ def run(trainer_class: type[Trainer] | None = None, *defaults: str) -> None:
     Raises:
         SystemExit: 0 finished; 2 wrong input; 75 stopped with a checkpoint, start again to go on; 1 anything else.
     """
-    sys.exit(exit_code(lambda: _train(trainer_class, defaults)))
+    from trainer.stop import leaving_at_once
+
+    with leaving_at_once(_launcher()):
+        code = exit_code(lambda: _train(trainer_class, defaults))
+    sys.exit(code)
+
+
+def _launcher() -> int:
+    """Process number of what started this one; what our launcher says is believed where it may be gone already."""
+    import psutil
+
+    told = int(os.environ.get("SHARDWRIGHT_LAUNCHER", _PARENT))
+    return _PARENT if psutil.pid_exists(told) else told
 
 
 def exit_code(command: Callable[[], int]) -> int:
@@ -111,7 +124,7 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
 
     from trainer.build import makes_its_own, train
     from trainer.config import register_schemas, with_config
-    from trainer.stop import EXIT_STOPPED, leaving_at_once
+    from trainer.stop import EXIT_STOPPED
     from trainer.trainer import Trainer
 
     cls = trainer_class or Trainer
@@ -121,8 +134,7 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
     own = [f"{group}=own" for group in ("model", "data") if makes_its_own(cls, group)]
     _put_before([*own, *defaults])
     stopped: list[bool] = []
-    with leaving_at_once():
-        with_config(lambda config, choices: stopped.append(train(config, choices).stopped))
+    with_config(lambda config, choices: stopped.append(train(config, choices).stopped))
     return EXIT_STOPPED if any(stopped) else 0
 
 

@@ -63,7 +63,6 @@ class Liveness:
         self._folder = folder
         self._prefix = f"live/{number}"
         self._failed = f"failed/{number}"
-        self._launcher = os.getppid() if "RANK" in os.environ else None
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -75,7 +74,7 @@ class Liveness:
         self._verdict: str | None = None
 
     def __enter__(self) -> Liveness:
-        if self._launcher is None and self._world.size == 1:
+        if self._world.size == 1:
             return self
         self._store: Any = self._world.store.clone()  # type: ignore[attr-defined]  # its stubs lack it
         me = psutil.Process()
@@ -129,8 +128,6 @@ class Liveness:
         """Once over everything; the verdict is for good."""
         if self._verdict is not None:
             return
-        if self._launcher is not None and os.getppid() != self._launcher:
-            self._stop("the launcher is gone")
         try:
             self._beat()
             self._meet()

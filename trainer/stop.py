@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from strategies.errors import ConfigError
-
 EXIT_STOPPED = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 _SAME_STOP_S = 2.0
@@ -64,23 +62,57 @@ class SignalEars:
 
 
 @contextlib.contextmanager
-def leaving_at_once() -> Iterator[None]:
-    """Until the loop listens there is nothing to save: a signal ends the process, wherever it waits."""
+def leaving_at_once(launcher: int) -> Iterator[None]:
+    """Until the loop listens there is nothing to save: a signal ends the process, wherever it waits.
+
+    After the loop the process is on its way out, and only a second signal hurries it.
+
+    Args:
+        launcher: process number of whatever started this rank; if it is gone, that counts as a signal.
+    """
+    global _loop_listened
+    _loop_listened, first = False, 0.0
 
     def leave(number: int) -> None:
-        if number in _SIGNALS:
+        nonlocal first
+        if number not in _SIGNALS:
+            return
+        if not _loop_listened:
             if os.environ.get("RANK", "0") == "0":
-                name = signal.Signals(number).name
-                with contextlib.suppress(OSError):
-                    os.write(2, f"\n{name}: nothing to save yet; the same command begins again\n".encode())
+                _tell(f"{signal.Signals(number).name}: nothing to save yet; the same command begins again")
             os._exit(EXIT_STOPPED)
+        first = first or time.monotonic()
+        if time.monotonic() - first > _SAME_STOP_S:
+            os._exit(128 + number)
 
-    ears = SignalEars(lambda number: None, leave)
+    ears, over = SignalEars(lambda number: None, leave), threading.Event()
     ears.listen(_SIGNALS)
+    if "RANK" in os.environ:
+        threading.Thread(target=_follow, args=(launcher, over), name="launcher", daemon=True).start()
     try:
         yield
     finally:
+        over.set()
         ears.close()
+
+
+_loop_listened = False
+
+
+def _follow(launcher: int, over: threading.Event) -> None:
+    """Where the launcher is gone, nobody else tells this process to end: it may wait for the launcher's store."""
+    while not over.wait(1.0):
+        if os.getppid() != launcher:
+            if os.environ["RANK"] == "0":
+                _tell("the launcher is gone")
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+
+
+def _tell(text: str) -> None:
+    """On stderr past Python's buffers, in which a signal may have come."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
 
 
 def default_grace_s() -> float:
@@ -119,6 +151,8 @@ class StopRequest:
 
     def listen(self) -> None:
         """Take over the signals; only the main thread may."""
+        global _loop_listened
+        _loop_listened = True
         self._ears.listen(_SIGNALS)
 
     def close(self) -> None:
@@ -134,10 +168,8 @@ class StopRequest:
             if self.signal:
                 return
             self.signal, self._asked_at = number, time.monotonic()
-        if self._announce:  # past Python's buffers, in which the signal may have come
-            name = signal.Signals(number).name
-            with contextlib.suppress(OSError):
-                os.write(2, f"\n{name}: stopping at the next step, with a checkpoint; again: at once\n".encode())
+        if self._announce:
+            _tell(f"{signal.Signals(number).name}: stopping at the next step, with a checkpoint; again: at once")
 
     def _heard(self, number: int) -> None:
         """Only here a signal counts as a second one: the main thread may note the first much later."""
@@ -154,6 +186,8 @@ def seconds(value: int | float | str | None, key: str) -> float | None:
     Raises:
         ConfigError: it is none of these, or not positive.
     """
+    from strategies.errors import ConfigError  # brings torch, which the handlers mustn't wait for
+
     if value is None:
         return None
     text = str(value).strip()

@@ -117,6 +117,15 @@ def test_killed_launcher_leaves_a_checkpoint_and_the_next_start_goes_on(tmp_path
     assert events[2]["step"] == events[1]["step"] > 25
 
 
+def test_launcher_killed_at_the_start_takes_the_ranks_with_it(tmp_path: Path) -> None:
+    with started(*launch(*ENDLESS), folder=tmp_path) as process:
+        wait_for(lambda: len(psutil.Process(process.pid).children()) == 2, process)
+        workers = psutil.Process(process.pid).children()
+        time.sleep(0.5)
+        process.kill()
+        assert not psutil.wait_procs(workers, timeout=28)[1]
+
+
 def test_frozen_rank_is_waited_for(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(*launch(*ENDLESS), folder=tmp_path) as process:
@@ -145,9 +154,9 @@ def test_rank_out_of_memory_says_what_to_try(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_signal_before_the_loop_leaves_at_once(tmp_path: Path, name: str) -> None:
     code = (
-        "import time; from trainer.stop import leaving_at_once\n"
+        "import os; from trainer.stop import leaving_at_once\n"
         "import torch.distributed as d\n"
-        "with leaving_at_once():\n"
+        "with leaving_at_once(os.getppid()):\n"
         "    print('ready', flush=True)\n"
         "    d.HashStore().wait(['never'], __import__('datetime').timedelta(seconds=60))\n"  # waits in C++
     )
