@@ -228,4 +228,6 @@ def _bare_errors() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        found = next(iter(error.failures.values()))[0]
+        # Of a full disk torch tells only what came of it, while it handled the error that counts.
+        raise (found.__context__ if isinstance(found.__context__, OSError) else found) from None

@@ -1,0 +1,55 @@
+"""The campaigns in short: real launches that are killed, stopped and restarted, and end like the one left alone.
+
+The long ones: `python -m tests.faults.campaign kills --kills 200 --seed 7` (docs/faults.md).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.faults import plan
+from tests.faults.campaign import Campaign, kills, main, restarts, terms
+from tests.faults.plan import Fault
+
+SEED = 11
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared, for the uninterrupted run."""
+    return tmp_path_factory.mktemp("campaigns")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_campaign_20_kills_change_nothing(folder: Path) -> None:
+    assert kills(Campaign(what="kills", folder=folder, seed=SEED), plan.kills(SEED, 20)) == 0
+    told = json.loads((folder / "result.json").read_text())
+    assert told["faults"] == 20
+    assert told["in_a_save"] >= 6
+    assert told["slowest_end_s"] <= 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_campaign_terms_change_nothing(folder: Path) -> None:
+    assert terms(Campaign(what="terms", folder=folder, seed=SEED), plan.terms(SEED, 3)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_campaign_restarts_change_nothing(folder: Path) -> None:
+    assert restarts(Campaign(what="restarts", folder=folder, seed=SEED), plan.deaths(SEED, 1)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_campaign_that_meets_a_difference_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fault = plan.to_json([Fault(kind="nan", phase="all_reduce", occurrence=9)])
+    assert main(["restarts", "--faults", fault, "--folder", str(folder)]) == 1
+    said = capsys.readouterr().out
+    assert "grad_norm nan" in said
+    assert f"again: python -m tests.faults.campaign restarts --processes 2 --faults '{fault}'" in said
