@@ -161,7 +161,7 @@ class TorchStrategy(Strategy):
             run.scaler.unscale_(optimizer)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if run.plan.clip_norm is not None:
+        if run.plan.clip_norm is not None and _is_long(norm, run.plan.clip_norm):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, run.plan.clip_norm, norm)
         skipped = ~torch.isfinite(norm)
@@ -256,13 +256,18 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
     }
 
 
+def _is_long(norm: Tensor, limit: float) -> bool:
+    """Whether clipping changes anything. Only found out where that doesn't wait: a device clips by 1 instead."""
+    return norm.device.type != "cpu" or bool(limit / (norm + 1e-6) < 1)  # as clip_grads_with_norm_ reckons
+
+
 def step_unless(skipped: Tensor, optimizer: Optimizer) -> None:
     """Step `optimizer`, or change nothing where `skipped`.
 
     Fused optimizers read the flag on the device. For the others it is read here, which waits for
-    the device once per step.
+    the device once per step; on CPU there is nothing to wait for.
     """
-    if getattr(optimizer, "_step_supports_amp_scaling", False):
+    if skipped.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ Between them go the plain values of this module. Every strategy gives them the s
 from __future__ import annotations
 
 import contextlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,15 +56,16 @@ class Precision:
     """fp16 only: steps without overflow before the scale doubles."""
 
     def __post_init__(self) -> None:
-        if not self.loss_scale > 0:
+        if not 0 < self.loss_scale < math.inf:
             raise ConfigError(
-                f"Precision: loss_scale={self.loss_scale} is not positive. Try 65536 (precision.loss_scale)."
+                f"Precision: loss_scale={self.loss_scale} is not positive and finite. Try 65536 (precision.loss_scale)."
             )
         if self.growth_interval < 1:
-            raise ConfigError(
-                f"Precision: growth_interval={self.growth_interval} is below 1. "
-                "Try 2000 steps (precision.growth_interval)."
-            )
+            key = "precision.growth_interval"
+            raise ConfigError(f"Precision: growth_interval={self.growth_interval} is below 1. Try 2000 ({key}).")
+        for key in ("loss_scale", "growth_interval"):
+            if self.numbers is not Numbers.fp16 and (given := getattr(self, key)) != getattr(Precision, key):
+                raise ConfigError(f"Precision: {key}={given} is for fp16 only. Leave it out (precision.{key}).")
 
     @property
     def master_dtype(self) -> torch.dtype:

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from strategies.base import ModelSpec, Numbers, Plan, Weights, WorldSpec
+from strategies.base import ModelSpec, Plan, Weights, WorldSpec
 from strategies.errors import ConfigError
 from strategies.world import World
+from trainer.contradictions import refuse_contradictions, refuse_misfits
 from trainer.data import Loader, Order, accumulation_of
 from trainer.data.base import Data
 from trainer.job import Job
@@ -58,12 +59,13 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
     Raises:
         ConfigError: some setting is wrong, or two contradict each other; on every rank.
     """
-    _refuse_contradictions(trainer, job)
+    refuse_contradictions(trainer, job)
     data = _make_data(trainer, job, say)
     if job.model is not None:
         with job.world.together():
             job.model.prepare(data.tokenizer)
         trainer.task = job.model.task()
+    refuse_misfits(trainer, job, data)
     share = share_of(trainer.global_batch, job.world.data_size)
     micro_batch = trainer.micro_batch or _find_micro_batch(trainer, job, data, share, say)
     plan = _plan(trainer, job, micro_batch, accumulation_of(trainer.global_batch, micro_batch, job.world.data_size))
@@ -172,14 +174,6 @@ def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: C
     size = find_micro_batch(job.world, share, attempt, moments)
     say(f"micro-batch: {size} of {share} samples per rank and step (trainer.micro_batch)")
     return size
-
-
-def _refuse_contradictions(trainer: Trainer, job: Job) -> None:
-    if job.precision.numbers is Numbers.fp16 and trainer.on_nonfinite.name != "skip":
-        raise ConfigError(
-            f"Trainer: on_nonfinite={trainer.on_nonfinite.name} can't go with precision=fp16, whose search for a loss "
-            "scale overflows now and then. Use skip, or precision=bf16 (trainer.on_nonfinite, precision)."
-        )
 
 
 def _limits(trainer: Trainer, job: Job, data: Data) -> Limits:

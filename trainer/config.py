@@ -28,21 +28,15 @@ from strategies.backends import AutoBackend, GlooBackend, NCCLBackend
 from strategies.base import Precision
 from strategies.errors import ConfigError, nearest
 from trainer import checkpoint, data, hooks, metrics, models, optim, schedule
+from trainer.place import Run
 from trainer.trainer import Trainer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
+_SEVERAL = ("logger", "hooks")
+"""Groups of which any number may be chosen, by name."""
+_SEEDS = 1 << 63
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class Run:
-    """Where a run's files lie."""
-
-    dir: str | None = None
-    """The run's folder; null: `runs/<name>`."""
-    name: str | None = None
-    """null: made from the model, the data and a digest of the settings that decide what is learned."""
 
 
 @dataclass(kw_only=True)
@@ -103,7 +97,7 @@ def register(group: str, name: str) -> Callable[[C], C]:
     """
 
     def store(cls: C) -> C:
-        package = f"{group}.{name}" if group in ("hooks", "logger") else group
+        package = f"{group}.{name}" if group in _SEVERAL else group
         ConfigStore.instance().store(group=group, name=name, node=cls, package=package)
         return cls
 
@@ -114,16 +108,44 @@ def register_schemas(trainer_class: type[Trainer] = Trainer) -> None:
     """Tell Hydra about every configurable class.
 
     Raises:
-        ConfigError: an installed plugin is broken.
+        ConfigError: an installed plugin is broken, or `trainer_class` can't be its own schema.
     """
+    OmegaConf.register_new_resolver("where_held_out", _where_held_out, replace=True)
     store = ConfigStore.instance()
     for cls in (*_SCHEMAS, *strategies.built_in()):
         store.store(group="schema", name=cls.__name__, node=cls)
+    _refuse_no_schema(trainer_class)
     store.store(group="schema", name="Trainer", node=trainer_class)
     for name, cls in strategies.from_other_packages().items():
         store.store(group="strategy", name=name, node=cls)
     for group in ("model", "data"):
         store.store(group=group, name="own", node=Own)
+
+
+def _refuse_no_schema(trainer_class: type[Trainer]) -> None:
+    own, name = vars(trainer_class), trainer_class.__name__
+    generated = "__dataclass_fields__" in own
+    if not generated and ("__init__" in own or own.get("__annotations__")):
+        raise ConfigError(
+            f"{name}: it is no keyword-only dataclass on top of Trainer, so its fields can't be settings. "
+            f"Write @dataclass(kw_only=True) above class {name}(Trainer), and no __init__ (trainer)."
+        )
+    try:
+        OmegaConf.structured(trainer_class)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"{name}: its field {error.full_key} can't be a setting: {reason}. Annotate it with int, float, bool, str, "
+            f"an Enum, or lists and dictionaries of these (trainer.{error.full_key})."
+        ) from error
+
+
+def _where_held_out(value: Any, *, _root_: DictConfig) -> Any:
+    """`${where_held_out:x}`: x if the chosen data holds something out, else null."""
+    data = _root_.data
+    parts = data.get("sources", {}).values() if "sources" in data else [data]
+    keys = ("validation", "validation_paths", "validation_files", "validation_split")
+    return value if any(part.get(key) for part in parts for key in keys) else None
 
 
 def strategy_names() -> list[str]:
@@ -141,7 +163,6 @@ def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
     composed: list[tuple[DictConfig, dict[str, str]]] = []  # run outside of Hydra, which would add to our errors
 
     def main(config: DictConfig) -> None:
-        refuse_unknown(config)
         composed.append((config, chosen()))
 
     # Hydra prints several lines and exits with 1; with this, it raises, and we say it in one.
@@ -157,6 +178,7 @@ def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
     for config, choices in composed:
+        refuse_wrong(config)
         task(config, choices)
 
 
@@ -169,7 +191,7 @@ def compose(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) ->
     register_schemas(trainer_class)
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         config = _opening_dicts(overrides, lambda words: hydra.compose("config", overrides=list(words)))
-    refuse_unknown(config)
+    refuse_wrong(config)
     return config
 
 
@@ -187,16 +209,16 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
     Raises:
         ConfigError: whatever else is wrong.
     """
-    # Elsewhere an experiment is added, here it is a group like the others: either way of writing it will do.
+    # Elsewhere an experiment is added, here it is a group like the others: either way will do.
     words = [word.removeprefix("+") if word.startswith("+experiment=") else word for word in overrides]
     for _ in range(len(words) + 1):
         try:
             return compose_with(words)
-        except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:  # Hydra's own slips too
+        except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError) as error:  # Hydra's slips too
             key = _missing_in_dict(error)
             at = [index for index, word in enumerate(words) if key is not None and word.startswith(f"{key}=")]
             if not at:
-                raise explained(error) from error
+                raise explained(error, words) from error
             words[at[0]] = f"++{words[at[0]]}"
     raise AssertionError("each turn opens one key")
 
@@ -213,7 +235,10 @@ def _missing_in_dict(error: BaseException | None) -> str | None:
 
 def made(node: DictConfig) -> Any:
     """The object whose schema `node` has; its own checks run here. No other way leads from configuration to objects."""
-    return OmegaConf.to_object(node)
+    try:
+        return OmegaConf.to_object(node)
+    except OmegaConfBaseException as error:  # such as a class that can't be made from its fields
+        raise explained(error) from error
 
 
 def restored(cls: type[T], stored: dict[str, Any]) -> T:
@@ -235,8 +260,11 @@ def chosen() -> dict[str, str]:
     return {key: str(value) for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key}
 
 
-def refuse_unknown(config: DictConfig) -> None:
-    """Refuse keys that `+key=value` has added to a class that doesn't know them, and values left open.
+def refuse_wrong(config: DictConfig) -> None:
+    """Refuse what a composed configuration can hold in spite of its schemas.
+
+    Keys that `+key=value` has added to a class that doesn't know them, values left open, parts that no class stands
+    behind (`~optimizer`, `+hooks.mine.x=3`), and values of the root that are out of range.
 
     Raises:
         ConfigError: names the key.
@@ -246,6 +274,9 @@ def refuse_unknown(config: DictConfig) -> None:
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:  # `${...}` that leads nowhere, or to a value of another type
         raise explained(error) from error
+    if OmegaConf.get_type(config) is Config:
+        _refuse_without_class(config)
+        _refuse_out_of_range(config)
 
 
 def _refuse_unknown(config: DictConfig) -> None:
@@ -262,6 +293,35 @@ def _refuse_unknown(config: DictConfig) -> None:
         )
 
 
+def _refuse_without_class(config: DictConfig) -> None:
+    for item in dataclasses.fields(Config):
+        if item.type == "Any" and not _has_class(config[item.name]):
+            options = ", ".join(_options(item.name))
+            raise ConfigError(
+                f"Configuration: nothing is chosen for {item.name}. Choose one: {item.name}=... of {options} "
+                f"({item.name})"
+            )
+    for group in _SEVERAL:
+        for name in map(str, config[group]):
+            if not _has_class(config[group][name]):
+                raise ConfigError(
+                    f"Configuration: {group}.{name} has keys, and {name} isn't chosen. "
+                    f"{nearest(name, _options(group))} Choose it with {group}=[{name}] ({group})"
+                )
+
+
+def _has_class(value: Any) -> bool:
+    return isinstance(value, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(value))
+
+
+def _refuse_out_of_range(config: DictConfig) -> None:
+    if not 0 <= config.seed < _SEEDS:
+        raise ConfigError(f"Configuration: seed={config.seed} is not in 0 to {_SEEDS - 1}. Try 0 (seed).")
+    for key, example in (("cache", "~/.cache/shardwright"), ("resume", "auto, never, or a checkpoint's folder")):
+        if not config[key].strip():
+            raise ConfigError(f"Configuration: {key} is empty. Give {example} ({key}).")
+
+
 def _typed_nodes(node: DictConfig, path: str) -> Iterable[tuple[str, DictConfig]]:
     cls = OmegaConf.get_type(node)
     if dataclasses.is_dataclass(cls):
@@ -272,8 +332,13 @@ def _typed_nodes(node: DictConfig, path: str) -> Iterable[tuple[str, DictConfig]
             yield from _typed_nodes(value, f"{path}.{key}" if path else key)
 
 
-def explained(error: Exception) -> ConfigError:
-    """One line for what Hydra or OmegaConf says in several."""
+def explained(error: Exception, words: Sequence[str] = ()) -> ConfigError:
+    """One line for what Hydra or OmegaConf says in several.
+
+    Args:
+        error: what they raised.
+        words: the overrides that it was raised for.
+    """
     inner: BaseException | None = error
     while inner is not None:
         if isinstance(inner, ConfigError):
@@ -285,18 +350,44 @@ def explained(error: Exception) -> ConfigError:
     choice = re.search(r"Could not (?:find|load) '([\w/.-]+)'", text)
     if isinstance(error, MissingConfigException) and choice:
         group, _, option = choice.group(1).rpartition("/")
-        options = [path.stem for path in (CONF / group).glob("*.yaml")]
-        with contextlib.suppress(OSError):  # how Hydra says that code has registered none
-            options += [name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)]
-        return ConfigError(
-            f"Configuration: {group}={option} is not a choice. {nearest(option, options)} ({group or option})"
-        )
+        near = nearest(option, _options(group))
+        return ConfigError(f"Configuration: {group}={option} is not a choice. {near} ({group or option})")
     if isinstance(error, OverrideParseException):
         return ConfigError(
-            f"Configuration: can't read the argument {error.override!r}: {text.splitlines()[0]}. "
-            "Write key=value, and quote what the shell would change."
+            f"Configuration: can't read the argument {error.override!r}. Write key=value; around a value with special "
+            "characters put quotes that the shell leaves alone, as in \"run.dir='a b'\"."
         )
-    return ConfigError(f"Configuration: {' '.join(line.strip() for line in text.splitlines() if line.strip())}")
+    return _explained_choice(words) or ConfigError(f"Configuration: {' '.join(text.split())}")
+
+
+def _explained_choice(words: Sequence[str]) -> ConfigError | None:
+    """A group for which something else than its options was given, if one of `words` does that."""
+    for word in words:
+        key, sign, value = word.lstrip("+~").partition("=")
+        group = key.partition("@")[0]
+        if not sign or not group:
+            return ConfigError(f"Configuration: the argument {word!r} names no key. Write key=value.")
+        if "," in value and not re.match(r"['\"\[{]", value):
+            return ConfigError(
+                f"Configuration: {word!r} gives several values. Write {key}=[{value}] for a list, or "
+                f"{key}=\"'{value}'\" for a text with commas ({key})."
+            )
+        named = re.fullmatch(r"\[(.*)\]", value) if group in _SEVERAL else re.fullmatch(r"['\"]?(.*?)['\"]?", value)
+        names = re.findall(r"[^\s,'\"]+", named.group(1)) if named else [""]
+        known = [*_options(group), "null"] if group == "experiment" else _options(group)
+        if known and (len(set(names)) < len(names) or not set(names) <= set(known)):
+            how = f"{group}=[a,b], each once" if group in _SEVERAL else f"{group}=a, one of them"
+            return ConfigError(
+                f"Configuration: {word[:100]} is not a choice. Write {how}. Choices: {', '.join(known)}. ({group})"
+            )
+    return None
+
+
+def _options(group: str) -> list[str]:
+    options = {path.stem for path in (CONF / group).glob("*.yaml")}
+    with contextlib.suppress(OSError):  # how Hydra says that code has registered none
+        options |= {name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)}
+    return sorted(options)
 
 
 def _explained_key(error: OmegaConfBaseException) -> ConfigError:
@@ -306,10 +397,4 @@ def _explained_key(error: OmegaConfBaseException) -> ConfigError:
     if re.match(r"Key '.*' (is )?not in", first) and isinstance(parent, DictConfig):
         known = [str(name) for name in parent]
         return ConfigError(f"Configuration: there is no key {key!r}. {nearest(key.rpartition('.')[2], known)} ({key})")
-    expected = f" {_type_hint(error)}" if "could not be converted" in first else ""
-    return ConfigError(f"Configuration: {key}: {first.rstrip('.')}.{expected} Give another value ({key}).")
-
-
-def _type_hint(error: OmegaConfBaseException) -> str:
-    kind = getattr(error.ref_type, "__name__", "") if error.ref_type is not None else ""
-    return f"It takes {kind}." if kind in ("int", "float", "bool", "str") else ""
+    return ConfigError(f"Configuration: {key}: {first.rstrip('.')}. Give another value ({key}).")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
-from dataclasses import dataclass
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from strategies.base import Batch
 from strategies.world import World
 from trainer.stop import StopRequest
+
+AT_ONCE_S = 0.25
+"""Steps that take no longer than this together are agreed on together; so long a stop may wait at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,30 +33,59 @@ class GlobalStep:
 
 
 class Feed:
-    """One message per step carries the counts and the wishes to stop, so that going on needs none of its own."""
+    """One message carries the counts of a few steps and the wishes to stop, so that going on needs none of its own."""
 
-    def __init__(self, steps: Iterator[list[Batch]], world: World, request: StopRequest) -> None:
+    def __init__(
+        self,
+        steps: Iterator[list[Batch]],
+        world: World,
+        request: StopRequest,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self._steps = steps
         self._world = world
         self._request = request
+        self._now = now
+        self._on_cpu = world.device.type == "cpu"
+        self._loaded: deque[list[Batch]] = deque()
+        self._agreed: deque[GlobalStep] = deque()
+        self._at_once = 1
+        self._before: tuple[float, int] | None = None  # when the last message was sent, and of how many steps
 
-    def next(self, wish: str | None) -> GlobalStep:
+    def next(self, wish: str | None, most: int = 1) -> GlobalStep:
         """Load, count and agree. Collective.
 
         Args:
             wish: why this rank wants to end the run, if it does; one rank's is enough.
+            most: steps from this one on after which a rank may have such a wish, or does something besides
+                steps; the same on every rank.
         """
-        batches = next(self._steps)
-        targets, tokens, wishes, signalled, numbers, late = self._world.reduce(
+        if not self._agreed:
+            self._agree(wish, min(most, self._at_once))
+        elif len(self._loaded) < self._at_once:
+            self._loaded.append(next(self._steps))  # one with each step, so that a device has work meanwhile
+        step = self._agreed.popleft()
+        if self._on_cpu:
+            return step
+        return replace(step, batches=[batch.to(self._world.device) for batch in step.batches])
+
+    def _agree(self, wish: str | None, count: int) -> None:
+        while len(self._loaded) < count:
+            self._loaded.append(next(self._steps))
+        steps = [self._loaded.popleft() for _ in range(count)]
+        wishes, signalled, numbers, late, seconds, *sums = self._world.reduce(
             [
-                sum(batch.num_targets for batch in batches),
-                sum(batch.num_tokens for batch in batches),
                 wish is not None,
                 self._request.signal != 0,
                 self._request.signal,
                 self._request.out_of_time(),
+                self._seconds_per_step(count),
+                *(sum(batch.num_targets for batch in batches) for batches in steps),
+                *(sum(batch.num_tokens for batch in batches) for batches in steps),
             ]
         )
+        if self._world.size > 1 and seconds > 0:
+            self._at_once = max(1, int(AT_ONCE_S * self._world.data_size / seconds))
         stop = None
         if wishes:
             stop = next(text for text in self._world.gather(wish) if text is not None)
@@ -59,13 +93,22 @@ class Feed:
             stop = f"stopped by {_name(numbers / signalled)}"
         elif late:
             stop = "stopped by the time limit (trainer.max_time)"
-        return GlobalStep(
-            batches=[batch.to(self._world.device) for batch in batches],
-            targets=max(targets, 1.0),
-            tokens=int(tokens),
-            stop=stop,
-            interrupted=stop is not None and not wishes,
-        )
+        for batches, targets, tokens in zip(steps, sums[:count], sums[count:], strict=True):
+            self._agreed.append(
+                GlobalStep(
+                    batches=batches,
+                    targets=max(targets, 1.0),
+                    tokens=int(tokens),
+                    stop=stop,
+                    interrupted=stop is not None and not wishes,
+                )
+            )
+
+    def _seconds_per_step(self, count: int) -> float:
+        """Of those that the message before was about, with whatever else was done meanwhile; 0: not known."""
+        now, before = self._now(), self._before
+        self._before = (now, count)
+        return 0.0 if before is None else (now - before[0]) / before[1]
 
 
 def _name(number: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, final
@@ -29,8 +30,8 @@ class AbstractOptimizer(ABC):
     """Whether embedding tables decay too."""
 
     def __post_init__(self) -> None:
-        self._require(self.lr > 0, "lr", "positive", "1e-3")
-        self._require(self.weight_decay >= 0, "weight_decay", "0 or more", "0.1")
+        self._require(0 < self.lr < math.inf, "lr", "positive and finite", "1e-3")
+        self._require(0 <= self.weight_decay < math.inf, "weight_decay", "0 or more, and finite", "0.1")
         self._check()
 
     @final
@@ -114,7 +115,7 @@ class AdamWOptimizer(AbstractOptimizer):
     def _check(self) -> None:
         self._require(0 <= self.beta1 < 1, "beta1", "in [0, 1)", "0.9")
         self._require(0 <= self.beta2 < 1, "beta2", "in [0, 1)", "0.95")
-        self._require(self.eps > 0, "eps", "positive", "1e-8")
+        self._require(0 < self.eps < math.inf, "eps", "positive and finite", "1e-8")
 
     @property
     def elementwise(self) -> bool:
@@ -178,8 +179,8 @@ class AdafactorOptimizer(AbstractOptimizer):
     """Largest root mean square of an update."""
 
     def _check(self) -> None:
-        self._require(self.beta2_decay < 0, "beta2_decay", "negative", "-0.8")
-        self._require(self.clip_threshold >= 1, "clip_threshold", "1 or more", "1.0")
+        self._require(-math.inf < self.beta2_decay < 0, "beta2_decay", "negative and finite", "-0.8")
+        self._require(1 <= self.clip_threshold < math.inf, "clip_threshold", "1 or more, and finite", "1.0")
 
     @property
     def elementwise(self) -> bool:

@@ -50,6 +50,7 @@ class Schedule(ABC):
                 f"{type(self).__name__}: warmup={self.warmup} is longer than the run of {total} steps. "
                 f"Choose {total} at most (schedule.warmup)."
             )
+        self._check_length(total)
         warmup = self._warmup_steps(total)
         return (step + 1) / warmup if step < warmup else self._shape(step, total)
 
@@ -59,6 +60,9 @@ class Schedule(ABC):
 
     def _check(self) -> None:
         """Refuse fields out of range."""
+
+    def _check_length(self, total: int | None) -> None:
+        """Refuse a shape that a run of `total` steps is too short for."""
 
     @property
     @abstractmethod
@@ -156,6 +160,15 @@ class WSDSchedule(Schedule):
     def _check(self) -> None:
         _check_share(self, "decay", self.decay)
         _check_share(self, "final_ratio", self.final_ratio)
+
+    def _check_length(self, total: int | None) -> None:
+        assert total is not None, "factor() refuses this"
+        warmup, decay = self._warmup_steps(total), round(self.decay * total)
+        if warmup + decay > total:
+            raise ConfigError(
+                f"WSDSchedule: a warmup of {warmup} steps and a decay of {decay} are longer than the run of {total}. "
+                f"Choose a decay of {1 - warmup / total:.2g} at most (schedule.warmup, schedule.decay)."
+            )
 
     @property
     def _needs_total(self) -> bool:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.config import CONF, compose, made, refuse_unknown, restored
+from trainer.config import CONF, compose, made, refuse_wrong, restored
 from trainer.run_folder import differences, redacted, redacted_words, run_name
 
 GROUPS = {path.parent.name: [] for path in CONF.glob("*/*.yaml")}
@@ -58,7 +58,7 @@ def test_compose_default_is_the_public_surface() -> None:
         (["experiment=nothing"], ["experiment=nothing", "lora_answers"]),
         (["strategy.hook=["], ["strategy.hook=["]),
         (["seed"], ["seed"]),
-        (["logger=0"], ["group"]),
+        (["logger=0"], ["logger=[a,b]", "csv"]),
         (["optimizer.lr=${nothing}"], ["optimizer.lr", "nothing"]),
         (["seed=${seed}"], ["seed", "ecursive"]),
         (["strategy.hook=${seed}"], ["strategy.hook", "bf16"]),
@@ -101,11 +101,11 @@ def test_compose_any_value_is_taken_or_refused_in_one_line(key: str, value: obje
         assert re.match(r"\w+: ", str(error))  # noqa: PT017
 
 
-def test_refuse_unknown_missing_value_names_the_key() -> None:
+def test_refuse_wrong_missing_value_names_the_key() -> None:
     from omegaconf import OmegaConf
 
     with pytest.raises(ConfigError, match=r"a\.b"):
-        refuse_unknown(OmegaConf.create({"a": {"b": "???"}}))
+        refuse_wrong(OmegaConf.create({"a": {"b": "???"}}))
 
 
 def test_restored_never_runs_a_target(tmp_path: Path) -> None:

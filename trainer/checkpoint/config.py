@@ -68,6 +68,10 @@ class Checkpoints:
                 f"Checkpoints: keep_best_mode={self.keep_best_mode.name} needs a metric. "
                 "Name one, such as val_accuracy (checkpoint.keep_best)."
             )
+        if self.folder is not None and not self.folder.strip():
+            raise ConfigError(
+                f"Checkpoints: folder={self.folder!r} names no folder. Give one, or null (checkpoint.folder)."
+            )
         if self.folder is not None and "://" in self.folder and self.sharing is not Sharing.auto:
             raise ConfigError(
                 f"Checkpoints: sharing={self.sharing.name} is for folders, and folder={self.folder} is seen by all "

@@ -77,4 +77,5 @@ COMMANDS = {
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),
     "report": Command("trainer.commands.report", "show how runs went or go, in one HTML page"),
+    "bench": Command("trainer.commands.bench", "measure what the Trainer costs over a loop written by hand"),
 }

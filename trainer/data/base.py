@@ -105,6 +105,8 @@ class Data:
     """For a mixture: (number of samples, weight) of each source, whose samples follow each other in
     `train`. Empty: one source."""
     tokenizer: Tokenizer | None = None
+    largest_token: int | None = None
+    """The largest token number, where no tokenizer bounds them and it is known."""
     classes: Sequence[str] = ()
     """For classification: the name of each class, in the order of their numbers."""
     description: str = ""

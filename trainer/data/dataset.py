@@ -52,6 +52,12 @@ class AbstractDatasetData(AbstractLanguageData):
                 f"{self._name}: stream=true has no end, and is kept as tokens before training so that its order "
                 "can be repeated. Say how many rows to keep (data.limit)."
             )
+        for key in ("name", "revision", "validation_split"):
+            if self.path in _LOCAL and getattr(self, key) is not None:
+                raise ConfigError(
+                    f"{self._name}: {key}={getattr(self, key)} is for data sets on the hub, and path={self.path} reads "
+                    f"files. Leave it out; what to hold out goes into data.validation_files (data.{key})."
+                )
         if self.validation_files and self.validation_split:
             raise ConfigError(
                 f"{self._name}: validation_files={self.validation_files} and validation_split={self.validation_split} "
@@ -74,7 +80,10 @@ class AbstractDatasetData(AbstractLanguageData):
     def _read(self, tokenizer: Tokenizer, folder: Path) -> Reading:
         local, held_out = self._local(self.files, "files"), self._local(self.validation_files, "validation_files")
         if self.path in _LOCAL and not local:
-            raise ConfigError(f"{self._name}: path={self.path} needs files. Name some (data.files).")
+            raise ConfigError(
+                f"{self._name}: path={self.path} needs files. Name some, or a folder or data set in place of "
+                f"{self.path} (data.files, data.path)."
+            )
         template = tokenizer.chat_template
         key = [self.path, self.name, self.split, self.validation_split, self.limit, self._key, template]
         if local or Path(self.path).is_dir():
@@ -180,9 +189,9 @@ class _Explained:
         datasets.logging.set_verbosity(self._verbosity)
         if isinstance(error, Exception) and not isinstance(error, ConfigError):
             cause = error.__cause__ if error.__cause__ is not None else error
+            why = "it holds no row" if isinstance(cause, StopIteration) else first_line(cause)
             raise ConfigError(
-                f"{self._where} can't be read: {first_line(cause)}. "
-                "Correct it (data.path, data.files, data.name, data.split)."
+                f"{self._where} can't be read: {why}. Correct it (data.path, data.files, data.name, data.split)."
             ) from error
 
 
@@ -220,6 +229,11 @@ class DatasetData(AbstractDatasetData):
             raise ConfigError(
                 f"DatasetData: packing={self.packing.value} mixes rows, and label_field={self.label_field}, "
                 f"source_field={self.source_field} belong to one each. Use packing=none (data.packing)."
+            )
+        if self.source_length is not None and self.source_field is None:
+            raise ConfigError(
+                f"DatasetData: source_length={self.source_length} means nothing without a source. "
+                "Name its field, or leave it out (data.source_field, data.source_length)."
             )
         if self.source_length is not None and self.source_length < 1:
             raise ConfigError(

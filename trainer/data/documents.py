@@ -7,7 +7,9 @@ boundary token, so that every document is followed by the token that ends it.
 from __future__ import annotations
 
 import functools
+import itertools
 from array import array
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, final
@@ -38,9 +40,10 @@ class ArrayFile:
     def values(self) -> NDArray[Any]:
         """The whole array, mapped."""
         if self._dtype is not None:
-            return np.memmap(self._path, dtype=self._dtype, mode="r")
-        found: NDArray[Any] = np.load(self._path, mmap_mode="r", allow_pickle=False)
-        return found
+            found: NDArray[Any] = np.memmap(self._path, dtype=self._dtype, mode="r")
+        else:
+            found = np.load(self._path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(found)  # a part of a plain array is made in a tenth of the time
 
 
 @final
@@ -49,9 +52,9 @@ class TokenArray:
 
     def __init__(self, files: Sequence[ArrayFile], start: int = 0, stop: int | None = None) -> None:
         self._files = list(files)
-        self._starts = np.cumsum([0, *(len(file.values) for file in files)])
+        self._starts = list(itertools.accumulate((len(file.values) for file in files), initial=0))
         self._start = start
-        self._stop = int(self._starts[-1]) if stop is None else stop
+        self._stop = self._starts[-1] if stop is None else stop
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -59,10 +62,11 @@ class TokenArray:
     def read(self, start: int, stop: int) -> Tokens:
         """Tokens `start` .. `stop` - 1; fewer at the end of the stream."""
         start, stop = start + self._start, min(stop + self._start, self._stop)
-        first, last = np.searchsorted(self._starts, [start, max(start, stop - 1)], side="right") - 1
+        first = bisect_right(self._starts, start) - 1
+        last = bisect_right(self._starts, max(start, stop - 1)) - 1
         parts = []
-        for number in range(int(first), int(last) + 1):
-            offset = int(self._starts[number])
+        for number in range(first, last + 1):
+            offset = self._starts[number]
             parts.append(self._files[number].values[max(0, start - offset) : max(0, stop - offset)])
         return np.concatenate(parts).astype(np.int64) if len(parts) > 1 else np.array(parts[0], dtype=np.int64)
 

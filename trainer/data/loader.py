@@ -137,20 +137,13 @@ def _end(iterator: Any) -> None:
         worker.join()
 
 
-class _Stream:
-    """Batches of the keys that a sampler gives, by worker processes or in this one."""
+class _Stream(Iterable[Batch]):
+    """Batches of the keys that a sampler gives, by worker processes."""
 
     def __init__(
-        self, samples: Samples, collate: Collate, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False
+        self, samples: Samples, collate: Collate, keys: Iterable[list[Key]], workers: int, pin_memory: bool
     ) -> None:
-        options: dict[str, Any] = {}
-        if workers:
-            _start_fork_server()
-            options = {
-                "multiprocessing_context": "forkserver",
-                "persistent_workers": True,
-                "worker_init_fn": _follow_parent,
-            }
+        _start_fork_server()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
             self._loader: DataLoader[Any] = DataLoader(
@@ -158,11 +151,13 @@ class _Stream:
                 batch_sampler=keys,
                 collate_fn=_Collated(collate),
                 num_workers=workers,
-                pin_memory=pin_memory and torch.accelerator.is_available(),
+                pin_memory=pin_memory,
                 # Without a generator of its own, every new iterator draws from the global one, and a
                 # resumed run would no longer have the same random numbers as an unstopped one.
                 generator=torch.Generator(),
-                **options,
+                multiprocessing_context="forkserver",
+                persistent_workers=True,
+                worker_init_fn=_follow_parent,
             )
         self._end: Callable[[], object] = lambda: None
 
@@ -180,6 +175,30 @@ class _Stream:
 
 
 _open_streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+
+
+class _HereStream(Iterable[Batch]):
+    """The same by this process; DataLoader's own way of doing that takes longer than a small batch."""
+
+    def __init__(self, samples: Samples, collate: Collate, keys: Iterable[list[Key]], pin_memory: bool) -> None:
+        self._samples, self._collate, self._keys, self._pin_memory = samples, collate, keys, pin_memory
+
+    def __iter__(self) -> Iterator[Batch]:
+        for keys in self._keys:
+            batch = self._collate([self._samples[index] for index, _ in keys], [seed for _, seed in keys])
+            yield batch.pin_memory() if self._pin_memory else batch
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+
+def _stream(
+    samples: Samples, collate: Collate, keys: Iterable[list[Key]], workers: int, pin_memory: bool = False
+) -> _Stream | _HereStream:
+    pin_memory = pin_memory and torch.accelerator.is_available()
+    if workers:
+        return _Stream(samples, collate, keys, workers, pin_memory)
+    return _HereStream(samples, collate, keys, pin_memory)
 
 
 @dataclass(kw_only=True)
@@ -281,7 +300,7 @@ class Loader:
             share=micro_batch * self.accumulation,
             data_rank=data_rank,
         )
-        self._stream = _Stream(samples, collate, self._keys, workers, pin_memory)
+        self._stream = _stream(samples, collate, self._keys, workers, pin_memory)
 
     def steps(self, position: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches of one optimizer step after another, without end.
@@ -359,7 +378,7 @@ def _evaluation(
 ) -> Iterator[Batch]:
     keys = list(zip(indices.tolist(), seeds_for(seed, np.zeros_like(indices), indices), strict=True))
     parts = [keys[at : at + micro_batch] for at in range(0, len(keys), micro_batch)]
-    stream = _Stream(samples, collate, parts, min(workers, len(parts)))
+    stream = _stream(samples, collate, parts, min(workers, len(parts)))
     with contextlib.closing(stream):
         yield from stream
     for _ in range(num_batches - len(parts)):

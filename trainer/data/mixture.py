@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import final
@@ -33,10 +34,17 @@ class MixtureData(AbstractData):
             where = "a weight but no source" if name in self.weights else "no weight"
             raise ConfigError(f"MixtureData: {name!r} has {where}. Give each source one (data.weights).")
         for name, weight in self.weights.items():
-            if not weight > 0:
+            if not 0 < weight < math.inf:
                 raise ConfigError(
-                    f"MixtureData: the weight of {name!r} is {weight}, not positive. "
-                    "Raise it, or leave the source out (data.weights)."
+                    f"MixtureData: the weight of {name!r} is {weight}, not positive and finite. "
+                    "Change it, or leave the source out (data.weights)."
+                )
+
+        for name, source in self.sources.items():
+            if source.workers:
+                raise ConfigError(
+                    f"MixtureData: the workers of {name!r} are {source.workers}, and batches are made of all sources "
+                    f"together. Set data.workers, and leave this out (data.sources.{name}.workers)."
                 )
 
     def build(self, world: World, cache: Path, say: Say) -> Data:

@@ -65,10 +65,12 @@ class AbstractTextData(AbstractLanguageData):
     def _read(self, tokenizer: Tokenizer, folder: Path) -> Reading:
         files = self._files()
         try:
-            digests = [(file.name, file_digest(file.path), file.validation) for file in files]
+            digests = []
+            for file in files:
+                digests.append((file.name, file_digest(file.path), file.validation))
             megabytes = sum(file.path.stat().st_size for file in files) / 1e6
         except OSError as error:
-            raise self._unreadable(Path(error.filename or ""), error) from error
+            raise self._unreadable(file.path, error) from error
         return Reading(
             key=digests,
             documents=lambda: self._documents(files),
@@ -153,6 +155,12 @@ class TextData(AbstractTextData):
 
     def _found(self, paths: list[str], key: str) -> list[tuple[str, Path]]:
         """Name and path of each file, in the order of names."""
+        if not paths or not all(paths):
+            raise ConfigError(f"TextData: {paths} names no file or folder. Name some (data.{key}).")
+        if not self.pattern or Path(self.pattern).is_absolute():
+            raise ConfigError(
+                f"TextData: pattern={self.pattern!r} matches no name in a folder. Try *.txt (data.pattern)."
+            )
         found: dict[str, Path] = {}
         for text in paths:
             path = Path(text).expanduser()

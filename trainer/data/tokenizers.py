@@ -17,7 +17,8 @@ from trainer.data.base import Tokenizer, Tokens
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line without the final stop."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(". :")
 
 

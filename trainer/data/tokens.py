@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -48,6 +49,17 @@ class TokenData(AbstractTokenStream):
     boundary: int | None = None
     """The token between documents; None: the tokenizer's."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.boundary is not None and self.boundary < 0:
+            raise ConfigError(f"TokenData: boundary={self.boundary} is negative. Give a token (data.boundary).")
+        paths = [*self.paths, *self.validation_paths]
+        if self.type is not TokenType.uint16 and paths and all(path.endswith(".npy") for path in paths):
+            raise ConfigError(
+                f"TokenData: type={self.type.name} is for raw files, and .npy files say their own. "
+                "Leave it out (data.type)."
+            )
+
     def build(self, world: World, cache: Path, say: Say) -> Data:
         """See `AbstractData.build`."""
         found = on_first_rank(world, lambda: self._index(cache, reporter(world, say)))
@@ -56,6 +68,7 @@ class TokenData(AbstractTokenStream):
             train=parts["train"],
             validation=parts.get("validation"),
             tokenizer=make_tokenizer(self.tokenizer) if self.tokenizer else None,
+            largest_token=max(part["largest"] for part in found["parts"].values()),
             description=found["description"],
         )
 
@@ -91,8 +104,9 @@ class TokenData(AbstractTokenStream):
                 wrong = file.values.ndim != 1 or file.values.dtype.kind not in "iu"
                 shape = f"{file.values.dtype} of shape {file.values.shape}"
             except (OSError, ValueError) as error:
+                why = "it is no .npy file of numbers" if "allow_pickle" in str(error) else first_line(error)
                 raise ConfigError(
-                    f"TokenData: {path} can't be read: {first_line(error)}. Correct it (data.{key}, data.type)."
+                    f"TokenData: {path} can't be read: {why}. Correct it (data.{key}, data.type)."
                 ) from error
             if wrong:
                 raise ConfigError(
@@ -129,11 +143,12 @@ class TokenData(AbstractTokenStream):
         digests = [[fingerprint(Path(path)), str(file.values.dtype)] for path, file in zip(paths, files, strict=True)]
         entry = cache.entry("index", [digests, boundary], scan)
         summary = json.loads((entry / "summary.json").read_text())
-        limit = tokenizer.vocabulary_size if tokenizer is not None else 1 << 62
+        limit = tokenizer.vocabulary_size if tokenizer is not None else math.inf
         if summary["smallest"] < 0 or summary["largest"] >= limit:
+            wanted = "tokens go from 0 on" if tokenizer is None else f"the tokenizer's go from 0 to {limit - 1}"
             raise ConfigError(
                 f"TokenData: {', '.join(paths)} holds numbers from {summary['smallest']} to {summary['largest']}, and "
-                f"the tokenizer's go from 0 to {limit - 1}. Use the right one (data.tokenizer, data.type)."
+                f"{wanted}. Use the right one (data.tokenizer, data.type)."
             )
         documents = len(np.load(entry / "offsets.npy", mmap_mode="r")) - 1
         return {
@@ -143,6 +158,7 @@ class TokenData(AbstractTokenStream):
             "stop": len(stream),
             "skip": 0,
             "documents": documents,
+            "largest": summary["largest"],
         }
 
     def _cut(self, folder: Path, whole: dict[str, Any]) -> dict[str, Any]:

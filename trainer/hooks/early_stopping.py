@@ -36,9 +36,9 @@ class EarlyStopping(Hook):
                 f"EarlyStopping: patience={self.patience} is below 1. Give a number of evaluations "
                 "(hooks.early_stopping.patience)."
             )
-        if not self.min_delta >= 0:
+        if not 0 <= self.min_delta < math.inf:
             raise ConfigError(
-                f"EarlyStopping: min_delta={self.min_delta} is negative. Give 0 or more "
+                f"EarlyStopping: min_delta={self.min_delta} is not a number from 0 on. Give 0 or more "
                 "(hooks.early_stopping.min_delta)."
             )
         self._best: float | None = None

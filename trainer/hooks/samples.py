@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +47,10 @@ class TextSamples(Hook):
                 raise ConfigError(
                     f"TextSamples: {key}={getattr(self, key)} is below 1. Give a positive number (hooks.samples.{key})."
                 )
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < math.inf:
             raise ConfigError(
-                f"TextSamples: temperature={self.temperature} is negative. Try 0.8, or 0 for the likeliest token "
-                "(hooks.samples.temperature)."
+                f"TextSamples: temperature={self.temperature} is not a number from 0 on. Try 0.8, or 0 for the "
+                "likeliest token (hooks.samples.temperature)."
             )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(

@@ -23,6 +23,11 @@ class CSVLogger(AbstractLogger):
     """Name within the run's folder."""
 
     def __post_init__(self) -> None:
+        if Path(self.file).name != self.file or not self.file.endswith(".csv"):
+            raise ConfigError(
+                f"CSVLogger: file={self.file!r} is not the name of a .csv file in the run's folder. "
+                "Try metrics.csv (logger.csv.file)."
+            )
         self._path = Path()
         self._open: TextIO | None = None
         self._columns: list[str] = ["step"]

@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from strategies.errors import ConfigError
 from trainer.metrics.base import AbstractLogger
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
+
+
+_TAKEN = ("", "checkpoints", "logs", "plots", "samples", "mlflow", "wandb")
+"""Folders of a run that others write."""
 
 
 @dataclass(kw_only=True)
@@ -24,6 +29,15 @@ class TensorBoardLogger(AbstractLogger):
     """Seconds after which numbers reach the disk at the latest."""
 
     def __post_init__(self) -> None:
+        if Path(self.directory).name != self.directory or self.directory in _TAKEN or "." in self.directory:
+            raise ConfigError(
+                f"TensorBoardLogger: directory={self.directory!r} is not the name of a folder of its own in the run's. "
+                "Try tensorboard (logger.tensorboard.directory)."
+            )
+        if self.flush_s < 1:
+            raise ConfigError(
+                f"TensorBoardLogger: flush_s={self.flush_s} is below 1. Try 10 seconds (logger.tensorboard.flush_s)."
+            )
         self._writer: SummaryWriter | None = None
         self._folder = Path()
 
@@ -33,7 +47,13 @@ class TensorBoardLogger(AbstractLogger):
         self._folder = folder / self.directory
         # TensorBoard then hides what an earlier start wrote at this step or later.
         purge = step + 1 if self._folder.is_dir() else None
-        self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=self.flush_s)
+        try:
+            self._writer = SummaryWriter(str(self._folder), purge_step=purge, flush_secs=self.flush_s)
+        except OSError as error:
+            raise ConfigError(
+                f"TensorBoardLogger: {self._folder} can't be written: {error.strerror}. Choose another name "
+                "(logger.tensorboard.directory)."
+            ) from error
         self.text(step, "config", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -41,6 +41,16 @@ class AbstractModel(ABC):
             ConfigError: the model can't be made, or doesn't fit the tokenizer.
         """
 
+    @property
+    @abstractmethod
+    def vocabulary_size(self) -> int:
+        """Token numbers that it takes run from 0 to this, exclusive; known once it is prepared."""
+
+    @property
+    @abstractmethod
+    def positions(self) -> int | None:
+        """Most tokens of a sample; None: any number. Known once it is prepared."""
+
     @abstractmethod
     def make(self) -> nn.Module:
         """The module; called under the strategy's `init_context` with the seed already set."""

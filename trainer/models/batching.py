@@ -65,10 +65,14 @@ def inputs_of(rows: Sequence[Tokens], width: int, padding: int) -> dict[str, Ten
 
 def counts_of(sample: Sample) -> NDArray[np.bool_]:
     """Which of a sample's tokens are targets, bool [n]."""
+    counts = known_counts_of(sample)
+    return np.ones(len(sample["tokens"]), dtype=np.bool_) if counts is None else counts
+
+
+def known_counts_of(sample: Sample) -> NDArray[np.bool_] | None:
+    """The same; None where all are."""
     counts = sample.get("counts")
-    if counts is None:
-        return np.ones(len(sample["tokens"]), dtype=np.bool_)
-    return np.asarray(counts, dtype=np.bool_)
+    return None if counts is None else np.asarray(counts, dtype=np.bool_)
 
 
 def documents_of(sample: Sample) -> NDArray[np.int64] | None:
@@ -94,6 +98,7 @@ def positions_in(documents: Tensor) -> Tensor:
     return index - torch.where(starts, index, 0).cummax(dim=1).values
 
 
-def target_table(rows: Sequence[Tokens], counts: Sequence[NDArray[np.bool_]], width: int) -> Tensor:
-    """Labels int64 [rows, width]: tokens where they count, else -100."""
-    return stack([np.where(flag, row, -100) for row, flag in zip(rows, counts, strict=True)], width, -100)
+def target_table(rows: Sequence[Tokens], counts: Sequence[NDArray[np.bool_] | None], width: int) -> Tensor:
+    """Labels int64 [rows, width]: tokens where they count, else -100; counts None: all do."""
+    targets = [row if flag is None else np.where(flag, row, -100) for row, flag in zip(rows, counts, strict=True)]
+    return stack(targets, width, -100)

@@ -16,12 +16,13 @@ from torch import nn
 from strategies.base import Weights
 from strategies.errors import ConfigError, nearest
 from trainer.data.base import Tokenizer
+from trainer.first_import import first_import_of
 from trainer.models.base import AbstractModel, Task
 from trainer.models.chunked import use_chunked_head
 from trainer.models.initialise import bare, copy_values, initialise, initialise_adapters
 from trainer.models.library import (
+    check_fields,
     check_flash,
-    config_fields,
     first_number,
     known_positions,
     line,
@@ -101,6 +102,11 @@ class HFModel(AbstractModel):
             )
         if not 0 < self.noise < 1:
             raise ConfigError(f"HFModel: noise={self.noise} is not between 0 and 1. Try 0.15 (model.noise).")
+        if self.noise != HFModel.noise and self.objective not in (Objective.masked, Objective.seq2seq):
+            raise ConfigError(
+                f"HFModel: noise={self.noise} means nothing for objective={self.objective.name}. "
+                "Leave it out, or use objective=masked or seq2seq (model.noise)."
+            )
         self._check_classification()
         if self.attention is Attention.flash_attention_2:
             check_flash()
@@ -128,7 +134,7 @@ class HFModel(AbstractModel):
             )
 
     def prepare(self, tokenizer: Tokenizer | None) -> None:
-        with quiet():
+        with quiet(), first_import_of("transformers.modeling_utils"):
             config = self._read_config()
             if type(config) not in _auto(self.objective)._model_mapping:
                 raise ConfigError(
@@ -140,6 +146,14 @@ class HFModel(AbstractModel):
             self._settle(config, tokenizer)
             with torch.device("meta"):
                 self._inspect(self._build())
+
+    @property
+    def vocabulary_size(self) -> int:
+        return int(self._settled.get_text_config().vocab_size)
+
+    @property
+    def positions(self) -> int | None:
+        return self._limit
 
     def make(self) -> nn.Module:
         assert self._settled is not None, "prepare() comes first"
@@ -226,7 +240,7 @@ class HFModel(AbstractModel):
                     f"{nearest(self.architecture, CONFIG_MAPPING)} (model.architecture)"
                 )
             kind = CONFIG_MAPPING[self.architecture]
-            self._check_fields(kind)
+            check_fields(kind, self.config)
             return self._made_config(lambda: kind(**self.config))
         try:
             found = AutoConfig.from_pretrained(self.path, trust_remote_code=False, **self._local())
@@ -235,7 +249,7 @@ class HFModel(AbstractModel):
                 f"HFModel: {self.path!r} can't be opened: {line(error)}. "
                 "Give a folder with config.json, or a name on the hub (model.path)."
             ) from error
-        self._check_fields(type(found))
+        check_fields(type(found), self.config)
         if not self.config:
             return found
         return self._made_config(lambda: type(found).from_dict({**found.to_dict(), **self.config}))
@@ -247,14 +261,6 @@ class HFModel(AbstractModel):
             raise ConfigError(
                 f"HFModel: {line(error, last=True)}. Correct the model's configuration (model.config)."
             ) from error
-
-    def _check_fields(self, kind: Any) -> None:
-        known = config_fields(kind)
-        for name in self.config:
-            if name not in known:
-                raise ConfigError(
-                    f"HFModel: {kind.__name__} has no field {name!r}. {nearest(name, known)} (model.config.{name})"
-                )
 
     def _fit_vocabulary(self, config: Any, tokenizer: Tokenizer | None) -> None:
         if tokenizer is None:

@@ -7,15 +7,16 @@ import dataclasses
 import importlib.util
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, nearest
 from trainer.data.base import Tokenizer
 
 _MAX_SENTINELS = 100
+_SIZE = re.compile(r"^(d_\w+|n_(embd|layer|head|positions)|num_\w*(layers|heads)|(hidden|intermediate|vocab)_size)$")
 
 
 def check_flash() -> None:
@@ -26,6 +27,20 @@ def check_flash() -> None:
         why = "needs the package flash-attn, which is not installed"
     if why is not None:
         raise ConfigError(f"HFModel: attention=flash_attention_2 {why}. Use sdpa or auto (model.attention).")
+
+
+def check_fields(kind: Any, given: Mapping[str, Any]) -> None:
+    """Refuse fields that a configuration class of `transformers` doesn't have, and sizes and shares that can't be."""
+    known = config_fields(kind)
+    for name, value in given.items():
+        key = f"model.config.{name}"
+        if name not in known:
+            raise ConfigError(f"HFModel: {kind.__name__} has no field {name!r}. {nearest(name, known)} ({key})")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and _SIZE.search(name) and value < 1:
+            raise ConfigError(f"HFModel: {name}={value} is below 1. Give a size ({key}).")
+        if number and name.endswith(("dropout", "pdrop", "dropout_rate", "dropout_prob")) and not 0 <= value < 1:
+            raise ConfigError(f"HFModel: {name}={value} is not in [0, 1). Try 0.1 ({key}).")
 
 
 def config_fields(kind: Any) -> set[str]:
@@ -84,7 +99,8 @@ def known_positions(model: Any) -> int | None:
 
 def line(error: BaseException, *, last: bool = False) -> str:
     """The first sentence of an error, without its stop; strict dataclasses say what matters in their last line."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()] or [type(error).__name__]
+    said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = [text.strip() for text in said.splitlines() if text.strip()] or [type(error).__name__]
     return lines[-1].rstrip(".") if last else re.split(r"\.(?:\s|$)", lines[0], maxsplit=1)[0]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,12 +27,12 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ConfigError(f"LoRA: rank={self.rank} is negative. Try 8, or 0 for none (model.lora.rank).")
-        if self.rank == 0 and (self.dropout or self.target_modules):
+        if self.rank == 0 and (self.dropout or self.target_modules or self.alpha != LoRA.alpha):
             raise ConfigError(
-                f"LoRA: dropout={self.dropout} and target_modules={self.target_modules} mean nothing while rank is 0. "
-                "Set model.lora.rank=8, or leave them out (model.lora.rank)."
+                f"LoRA: alpha={self.alpha}, dropout={self.dropout} and target_modules={self.target_modules} mean "
+                "nothing while rank is 0. Set model.lora.rank=8, or leave them out (model.lora.rank)."
             )
-        if not self.alpha > 0:
+        if not 0 < self.alpha < math.inf:
             raise ConfigError(f"LoRA: alpha={self.alpha} is not positive. Try 16 (model.lora.alpha).")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"LoRA: dropout={self.dropout} is not in [0, 1). Try 0.05 (model.lora.dropout).")

@@ -21,6 +21,7 @@ from trainer.models.batching import (
     counts_of,
     documents_of,
     inputs_of,
+    known_counts_of,
     positions_in,
     stack,
     target_table,
@@ -82,7 +83,7 @@ class _TokenTask(Task):
     def _batch(self, inputs: dict[str, Any], labels: Tensor, num_tokens: int) -> Batch:
         if self.chunked:
             inputs[TARGETS] = labels
-        return Batch(inputs=inputs, labels=labels, num_targets=int((labels != -100).sum()), num_tokens=num_tokens)
+        return Batch(inputs=inputs, labels=labels, num_targets=_num_targets(labels), num_tokens=num_tokens)
 
     def _say_leak(self) -> None:
         if not getattr(self, "_said", False):
@@ -118,7 +119,7 @@ class CausalTask(_TokenTask):
                 "CausalTask: a sample has fewer than 2 tokens, so there is nothing to predict. Use longer ones (data)."
             )
         width = width_of(lengths, self.limit)
-        counts = [counts_of(sample)[1:] for sample in samples]
+        counts = [None if (known := known_counts_of(sample)) is None else known[1:] for sample in samples]
         labels = target_table([sample["tokens"][1:] for sample in samples], counts, width)
         documents = self._document_table(samples, lengths, width)
         inputs = inputs_of(rows, width, self.padding)
@@ -266,6 +267,10 @@ def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     if logits.dtype.itemsize < torch.float32.itemsize:
         logits = logits.float()
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum", ignore_index=-100)
+
+
+def _num_targets(labels: Tensor) -> int:
+    return int(np.count_nonzero(labels.numpy() != -100))  # torch takes three times as long for so few
 
 
 def _single(row: Any) -> bool:

@@ -139,7 +139,7 @@ def test_empty_rows_are_left_out(tmp_path: Path) -> None:
         ({"files": ["good.jsonl"], "validation": 1e-9}, r"2 documents into 2 and 0.*data\.validation"),
         ({"files": ["broken.jsonl"]}, r"broken.jsonl' can't be read.*data\.files"),
         ({"path": "parquet", "files": ["good.jsonl"]}, r"good.jsonl' can't be read.*data\.files"),
-        ({"files": ["good.jsonl"], "validation_files": ["a"], "validation_split": "b"}, r"both given"),
+        ({"files": ["good.jsonl"], "validation_files": ["a"], "validation_split": "b"}, r"data\.validation_split"),
     ],
 )
 def test_dataset_mistakes_are_one_line(

@@ -117,7 +117,7 @@ def test_activation_checkpointing_where_a_model_has_none_is_refused(monkeypatch:
         HFModel(architecture="llama", activation_checkpointing=True).prepare(ByteTokenizer())
 
 
-@pytest.mark.parametrize("fields", [{"rank": -1}, {"alpha": 0.0}, {"dropout": 1.0, "rank": 1}])
+@pytest.mark.parametrize("fields", [{"rank": -1}, {"alpha": 0.0, "rank": 1}, {"dropout": 1.0, "rank": 1}])
 def test_lora_with_value_out_of_range_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"model\.lora\.{next(iter(fields))}"):
         LoRA(**fields)
