@@ -23,8 +23,9 @@ from strategies._testing_model import (
     weights,
 )
 from strategies.backends import GlooBackend
-from strategies.base import Batch, LossSum, Numbers, Plan, Precision, State
+from strategies.base import Batch, LossSum, Plan, State
 from strategies.errors import ConfigError
+from strategies.precision import Numbers, Precision
 from strategies.world import Launch, World
 
 

@@ -11,7 +11,8 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
 from strategies.backends import Backend, GlooBackend
-from strategies.base import Batch, LossTerms, NamedParameters, Numbers, Plan, Precision, Strategy, Weights
+from strategies.base import Batch, LossTerms, NamedParameters, Plan, Strategy, Weights
+from strategies.precision import Numbers, Precision
 
 GLOBAL_BATCH = 8
 LENGTH = 6

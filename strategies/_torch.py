@@ -19,7 +19,6 @@ from strategies.base import (
     LossFunction,
     LossSum,
     MakeOptimizer,
-    Numbers,
     Plan,
     State,
     StepInfo,
@@ -27,6 +26,7 @@ from strategies.base import (
     Weights,
 )
 from strategies.errors import ConfigError
+from strategies.precision import Numbers
 from strategies.world import World
 
 

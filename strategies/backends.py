@@ -106,8 +106,9 @@ def connect_ranks(backend: Backend) -> World:
         torch.cuda.set_device(device)
     if backend.interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = backend.interface
-    elif launch.local_size == launch.size and (loopback := _loopback()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)  # nobody else needs to reach these ports
+    elif _on_one_machine(launch) and (loopback := _loopback()):
+        for library in ("GLOO", "NCCL"):  # nobody else needs to reach these ports
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
     if launch.size == 1 and "MASTER_ADDR" not in os.environ:
         # An in-memory store has no address to rendezvous at: a file-less group of one.
         store = dist.HashStore()
@@ -132,6 +133,11 @@ def connect_ranks(backend: Backend) -> World:
         control=dist.new_group(backend="gloo", timeout=timeout),
         checkpoint=dist.new_group(backend="gloo", timeout=timeout),
     )
+
+
+def _on_one_machine(launch: Launch) -> bool:
+    """Some launchers don't say how many ranks a machine has."""
+    return launch.size == 1 or ("LOCAL_WORLD_SIZE" in os.environ and launch.local_size == launch.size)
 
 
 def _loopback() -> str | None:

@@ -20,6 +20,7 @@ from strategies.errors import ConfigError
 from strategies.world import World
 
 _UNUSED_KEY = "ddp/unused"
+_MOST_MB = 1 << 20
 
 # torch 2.13 renamed it, and warns about the old name.
 _BUFFERS_ARGUMENT = next(
@@ -65,15 +66,24 @@ class DDPStrategy(TorchStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._measured = 0  # the reducer's iteration whose communication was reported last
-        if not self.bucket_mb > 0:
+        if not 0 < self.bucket_mb < _MOST_MB:
             raise ConfigError(
-                f"DDPStrategy: bucket_mb={self.bucket_mb} is not positive. Give MiB, such as 25 (strategy.bucket_mb)."
+                f"DDPStrategy: bucket_mb={self.bucket_mb} is not between 0 and {_MOST_MB}. "
+                "Give MiB, such as 25 (strategy.bucket_mb)."
             )
         if self.static_graph and self.find_unused:
             raise ConfigError(
                 "DDPStrategy: static_graph=true and find_unused=true contradict each other. "
                 "A graph that changes can't be static: set one of them (strategy.static_graph)."
             )
+        for key in ("powersgd_rank", "powersgd_start"):
+            if self.hook is not CommunicationHook.powersgd and (given := getattr(self, key)) != getattr(
+                type(self), key
+            ):
+                raise ConfigError(
+                    f"DDPStrategy: {key}={given} means nothing with hook={self.hook.name}. "
+                    f"Leave it out, or use hook=powersgd (strategy.{key})."
+                )
         if self.powersgd_rank < 1:
             raise ConfigError(
                 f"DDPStrategy: powersgd_rank={self.powersgd_rank} is below 1. Try 1 to 4 (strategy.powersgd_rank)."

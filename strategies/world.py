@@ -165,28 +165,31 @@ class World:
     control: dist.ProcessGroup | None = None
     checkpoint: dist.ProcessGroup | None = None
 
-    def reduce(self, values: Sequence[float], op: ReduceOp = "sum") -> list[float]:
+    def reduce(self, values: Sequence[float], op: ReduceOp = "sum", *, votes: Sequence[float] = ()) -> list[float]:
         """Combine a few numbers over the data-parallel ranks; equal on every rank.
 
         Args:
             values: the same number of values on every rank.
             op: `sum` counts each replica once; `min` and `max` go over all ranks.
+            votes: numbers in which every rank counts, not one per replica; the answers follow those of `values`.
 
         Returns:
             float64 precision, so whole numbers are exact up to 2**53.
         """
-        return self.reduce_later(values, op)()
+        return self.reduce_later(values, op, votes=votes)()
 
-    def reduce_later(self, values: Sequence[float], op: ReduceOp = "sum") -> Callable[[], list[float]]:
+    def reduce_later(
+        self, values: Sequence[float], op: ReduceOp = "sum", *, votes: Sequence[float] = ()
+    ) -> Callable[[], list[float]]:
         """Start `reduce` now and return a function that waits for it.
 
         All ranks must start their messages in the same order; waiting may be in any order.
         """
-        mine = torch.tensor(values, dtype=torch.float64)
+        mine = torch.tensor([*values, *votes], dtype=torch.float64)
         if self.control is None:
             return mine.tolist
         if op == "sum" and not self.data_leader:
-            mine.zero_()
+            mine[: len(values)] = 0
         work = dist.all_reduce(mine, op=_OPS[op], group=self.control, async_op=True)
 
         def wait() -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import sys
 import tempfile
@@ -11,8 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
+from strategies.base import Batch, LossTerms
 from tests.trainer.jobs import Rows
 from trainer import Trainer
 
@@ -49,7 +52,29 @@ class Odd(Trainer):
     activation: Callable[[], None] | None = None
 
 
-TRAINERS: dict[str, type[Trainer]] = {cls.__name__: cls for cls in (Trainer, Rows, Bare, Needy, Odd)}
+@dataclass(kw_only=True)
+class Tattler(Trainer):
+    """Says its secrets to everybody who listens, and fails with them on its lips."""
+
+    api_token: str = ""
+    server: str = ""
+    fail_at: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._calls = 0
+
+    def loss(self, outputs: Any, batch: Batch) -> LossTerms:
+        """See `Trainer.loss`."""
+        self._calls += 1
+        logging.getLogger("transformers").warning("the token is %s", self.api_token)
+        logging.getLogger("py.warnings").warning(f"{self.server} wants {os.environ['HF_TOKEN']}")
+        if self._calls == self.fail_at:
+            raise ValueError(f"failed with {self.api_token} at {self.server}, {os.environ['AWS_SECRET_ACCESS_KEY']}")
+        return super().loss(outputs, batch)
+
+
+TRAINERS: dict[str, type[Trainer]] = {cls.__name__: cls for cls in (Trainer, Rows, Bare, Needy, Odd, Tattler)}
 
 
 def start(words: list[str], unset: tuple[str, ...] = (), trainer: str = "Trainer") -> Start:

@@ -12,14 +12,16 @@ from typing import Any, cast
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from strategies.base import Numbers, Precision, Strategy
+from strategies.base import Strategy
 from strategies.errors import ConfigError, TrainingError
+from strategies.precision import Numbers, Precision
 from strategies.world import World
 from trainer.config import made
 from trainer.job import Job
 from trainer.liveness import Liveness
 from trainer.metrics.logs import LOGGER, set_up_logs
-from trainer.run_folder import RunFolder, redacted, run_name
+from trainer.run_folder import RunFolder, run_name
+from trainer.secrets import learn, redacted
 from trainer.session import Outcome
 from trainer.trainer import Trainer
 
@@ -36,6 +38,7 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
         TrainingError: the run can't go on.
     """
     plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+    learn(plain)
     parts = {str(name): made(config[name]) for name in config if isinstance(config[name], DictConfig)}
     trainer, strategy = cast(Trainer, parts["trainer"]), cast(Strategy, parts["strategy"])
     for group in _MAKERS:
@@ -46,8 +49,6 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
         try:
             with world.together(), folder.writing():
                 set_up_logs(folder.path, world.rank)
-                if world.rank == 0:
-                    folder.describe(redacted(plain), world)
             job = Job(
                 strategy=strategy,
                 world=world,

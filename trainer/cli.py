@@ -9,8 +9,8 @@ import contextlib
 import difflib
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, NoReturn
 
@@ -112,7 +112,8 @@ def _say_once(line: str, *, anybody: bool = False) -> None:
         with contextlib.suppress(Exception):  # the store may be gone with rank 0: better said twice than never
             store = open_store(launch)
             if launch.rank != 0 and not anybody:
-                time.sleep(1.0)
+                with contextlib.suppress(RuntimeError):  # its time is up
+                    store.wait(["said"], timedelta(seconds=1))
             mine = f"{launch.rank}: {line}"
             if store.compare_set("said", "", mine).decode() != mine:
                 return

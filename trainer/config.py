@@ -25,8 +25,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 import strategies
 from strategies.backends import AutoBackend, GlooBackend, NCCLBackend
-from strategies.base import Precision
 from strategies.errors import ConfigError, nearest
+from strategies.precision import Precision
 from trainer import checkpoint, data, hooks, metrics, models, optim, schedule
 from trainer.place import Run
 from trainer.trainer import Trainer
@@ -295,6 +295,8 @@ def _refuse_unknown(config: DictConfig) -> None:
 
 def _refuse_without_class(config: DictConfig) -> None:
     for item in dataclasses.fields(Config):
+        if item.name not in config:
+            raise ConfigError(f"Configuration: {item.name} was taken away and is needed. Leave it in ({item.name}).")
         if item.type == "Any" and not _has_class(config[item.name]):
             options = ", ".join(_options(item.name))
             raise ConfigError(
@@ -368,10 +370,8 @@ def _explained_choice(words: Sequence[str]) -> ConfigError | None:
         if not sign or not group:
             return ConfigError(f"Configuration: the argument {word!r} names no key. Write key=value.")
         if "," in value and not re.match(r"['\"\[{]", value):
-            return ConfigError(
-                f"Configuration: {word!r} gives several values. Write {key}=[{value}] for a list, or "
-                f"{key}=\"'{value}'\" for a text with commas ({key})."
-            )
+            fixes = f"{key}=[{value}] for a list, or {key}=\"'{value}'\" for a text with commas"
+            return ConfigError(f"Configuration: {word!r} gives several values. Write {fixes} ({key}).")
         named = re.fullmatch(r"\[(.*)\]", value) if group in _SEVERAL else re.fullmatch(r"['\"]?(.*?)['\"]?", value)
         names = re.findall(r"[^\s,'\"]+", named.group(1)) if named else [""]
         known = [*_options(group), "null"] if group == "experiment" else _options(group)

@@ -6,8 +6,8 @@ import math
 import os
 from typing import TYPE_CHECKING
 
-from strategies.base import Numbers
 from strategies.errors import ConfigError
+from strategies.precision import Numbers
 from trainer.data.base import Data
 from trainer.hooks.early_stopping import EarlyStopping
 from trainer.hooks.samples import TextSamples

@@ -73,19 +73,19 @@ class Feed:
         while len(self._loaded) < count:
             self._loaded.append(next(self._steps))
         steps = [self._loaded.popleft() for _ in range(count)]
-        wishes, signalled, numbers, late, seconds, *sums = self._world.reduce(
+        request = self._request
+        *sums, wishes, signalled, numbers, late, seconds = self._world.reduce(
             [
-                wish is not None,
-                self._request.signal != 0,
-                self._request.signal,
-                self._request.out_of_time(),
-                self._seconds_per_step(count),
                 *(sum(batch.num_targets for batch in batches) for batches in steps),
                 *(sum(batch.num_tokens for batch in batches) for batches in steps),
-            ]
-        )
+            ],
+            votes=[
+                wish is not None, request.signal != 0, request.signal, request.out_of_time(),
+                self._seconds_per_step(count),
+            ],
+        )  # fmt: skip
         if self._world.size > 1 and seconds > 0:
-            self._at_once = max(1, int(AT_ONCE_S * self._world.data_size / seconds))
+            self._at_once = max(1, int(AT_ONCE_S * self._world.size / seconds))
         stop = None
         if wishes:
             stop = next(text for text in self._world.gather(wish) if text is not None)

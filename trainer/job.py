@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from strategies.base import Precision, Strategy
+from strategies.base import Strategy
+from strategies.precision import Precision
 from strategies.world import World
 from trainer.checkpoint import Checkpoints
 from trainer.data.base import AbstractData

@@ -26,22 +26,45 @@ _BEAT_GONE_S = 20.0
 """Without a sign of life from another machine for this long, it is gone."""
 _LEAVE_S = 4.0
 """A rank whose peer is gone gets this long to notice by itself, before it is ended wherever it waits."""
-_STOP_S = 60.0
+_CLOSING_S = 20.0
+"""The same for one that has noticed, and is closing its files."""
+_STOP_S = 600.0
 """The same where only the store is gone: time for a last checkpoint."""
+_SURE_S = 30.0
+"""How long rank 0 may be missing where the store can't tell any more whether it left in order."""
 
 
 @dataclass(frozen=True)
 class _Peer:
-    host: str
-    pid: int
-    born: float
+    machine: str
+    process: psutil.Process | None
+    """None: of another machine, or there was none any more."""
+
+    @classmethod
+    def met(cls, machine: str, pid: int) -> _Peer:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return cls(machine, psutil.Process(pid) if machine == _machine() else None)
+        return cls(machine, None)
 
     def is_gone(self) -> bool:
         try:
-            process = psutil.Process(self.pid)
-            return bool(process.create_time() != self.born or process.status() == psutil.STATUS_ZOMBIE)
+            process = self.process
+            return process is None or not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
+        except psutil.Error:  # not to be seen is not dead
+            return False
+
+
+def _machine() -> str:
+    """What ranks that can see each other's processes have in common; containers may share a host's name."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts += [
+            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+            str(Path("/proc/self/ns/pid").readlink()),
+        ]
+    return " ".join(parts)
 
 
 class Liveness:
@@ -69,6 +92,7 @@ class Liveness:
         self._peers: dict[int, _Peer] = {}
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._count = 0
+        self._looked_at = 0.0
         self._stopping = False
         self._store_gone_at: float | None = None
         self._verdict: str | None = None
@@ -77,9 +101,8 @@ class Liveness:
         if self._world.size == 1:
             return self
         self._store: Any = self._world.store.clone()  # type: ignore[attr-defined]  # its stubs lack it
-        me = psutil.Process()
-        self._me = _Peer(socket.gethostname(), me.pid, me.create_time())
-        self._set(str(self._world.rank), json.dumps([self._me.host, self._me.pid, self._me.born]))
+        self._main = threading.get_ident()
+        self._set(str(self._world.rank), json.dumps([_machine(), os.getpid()]))
         self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
         self._thread.start()
         return self
@@ -121,12 +144,23 @@ class Liveness:
                 since = None
                 continue
             since = since or time.monotonic()
-            if time.monotonic() - since >= _LEAVE_S and not self._closed.is_set():
+            if time.monotonic() - since >= self._patience_s() and not self._closed.is_set():
                 self._end()
+
+    def _patience_s(self) -> float:
+        handled = sys._current_exceptions().get(self._main)
+        return _LEAVE_S if handled in (None, (None, None, None)) else _CLOSING_S
 
     def _look(self) -> None:
         """Once over everything; the verdict is for good."""
         if self._verdict is not None:
+            return
+        now = time.monotonic()
+        if now - self._looked_at > 5 * _EVERY_S:  # asleep meanwhile, and perhaps the others too
+            self._beats.clear()
+        self._looked_at = now
+        if self._store_gone_at is not None:
+            self._look_without_store()
             return
         try:
             self._beat()
@@ -148,11 +182,11 @@ class Liveness:
         node = world.rank - world.local_rank
         for rank in {*range(node, min(node + world.local_size, world.size)), (node + world.local_size) % world.size}:
             if rank != world.rank and rank not in self._peers and self._store.check([f"{self._prefix}/{rank}"]):
-                self._peers[rank] = _Peer(*json.loads(self._store.get(f"{self._prefix}/{rank}")))
+                self._peers[rank] = _Peer.met(*json.loads(self._store.get(f"{self._prefix}/{rank}")))
 
     def _look_at_peers(self) -> None:
         for rank, peer in self._peers.items():
-            gone = peer.is_gone() if peer.host == self._me.host else self._is_silent(rank)
+            gone = peer.is_gone() if peer.machine == _machine() else self._is_silent(rank)
             if gone and not self._store.check([f"{self._prefix}/left/{rank}"]):
                 self._verdict = self._words(rank)
                 return
@@ -162,7 +196,7 @@ class Liveness:
         key, now = f"{self._prefix}/beat/{rank}", time.monotonic()
         beat = self._store.get(key) if self._store.check([key]) else b""
         known, since = self._beats.get(rank, (None, now))
-        if beat != known:
+        if beat != known or not beat:  # not all send any
             self._beats[rank] = (beat, now)
             return False
         return now - since > _BEAT_GONE_S
@@ -170,12 +204,15 @@ class Liveness:
     def _look_without_store(self) -> None:
         """Only the processes of this machine can be seen."""
         self._store_gone_at = self._store_gone_at or time.monotonic()
-        for rank, peer in self._peers.items():
-            if rank == 0 and peer.host == self._me.host and peer.is_gone():
-                self._verdict = self._words(rank)
-                return
+        missing_s = time.monotonic() - self._store_gone_at
+        first = self._peers.get(0)
+        hosted_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        is_gone = first is not None and first.machine == _machine() and first.is_gone()
+        if is_gone and (hosted_it or missing_s > _SURE_S):
+            self._verdict = self._words(0)
+            return
         self._stop("the launcher's store is gone")
-        if time.monotonic() - self._store_gone_at > _STOP_S:
+        if missing_s > _STOP_S:
             self._verdict = "the launcher or the machine of rank 0 is gone; start again to go on"
 
     def _stop(self, why: str) -> None:
@@ -193,7 +230,7 @@ class Liveness:
         LOGGER.error(line)
         mine, first = f"{self._world.rank}: {line}", ""
         with contextlib.suppress(RuntimeError, OSError):
-            first = self._store.compare_set("said", "", mine).decode()
+            first = "" if self._store_gone_at else self._store.compare_set("said", "", mine).decode()
         if first in ("", mine):
             os.write(2, f"{line}\n".encode())
         sys.stdout.flush()

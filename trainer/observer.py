@@ -24,7 +24,8 @@ from trainer.metrics.plots import write_plots
 from trainer.metrics.summary import summary_table, write_summary
 from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
 from trainer.progress import Progress
-from trainer.run_folder import redacted_words
+from trainer.run_folder import describe
+from trainer.secrets import hidden, redacted_words
 
 
 def draw_plots(folder: Path, say: Callable[[str], None]) -> list[Path]:
@@ -207,6 +208,7 @@ class Observer:
     def _open_files(self, step: int, changes: Sequence[str], checkpoint: str | None) -> None:
         try:
             self._file = MetricsFile(self._folder / "metrics.jsonl", step)
+            describe(self._folder, self._config, self._world)
             note(
                 self._folder,
                 "start",
@@ -240,7 +242,7 @@ class Observer:
 
     def _end(self, outcome: str, reason: str) -> None:
         if self._under_way:
-            [reason] = redacted_words([reason])
+            [reason] = redacted_words([hidden(reason)])
             self._note("end", step=self._step, outcome=outcome, reason=reason)
         self._under_way = False
 

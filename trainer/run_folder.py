@@ -6,10 +6,9 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -21,13 +20,10 @@ from filelock import FileLock, Timeout
 
 from strategies.errors import ConfigError
 from strategies.world import Launch, World, open_store, publish
+from trainer.secrets import redacted_words
 
 _PATIENCE_S = 10.0
 _IDENTITY = ("model", "data", "optimizer", "schedule", "precision", "seed")
-_SECRET = re.compile(
-    r"(token|secret|password|passwd|passphrase|(api|access|private|secret)_?key|credential)s?$", re.IGNORECASE
-)
-_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 _PACKAGES = ("shardwright", "torch", "transformers", "datasets", "accelerate", "hydra-core", "omegaconf", "numpy",
              "safetensors", "tokenizers", "peft", "deepspeed", "horovod")  # fmt: skip
 
@@ -87,13 +83,6 @@ class RunFolder:
                 f"Run: another run is writing to {self.path}. Wait for it, or choose another folder (run.dir)."
             ) from None
 
-    def describe(self, config: Mapping[str, Any], world: World) -> None:
-        """Write `config.yaml` and `environment.json`, of the newest start; on rank 0."""
-        import yaml
-
-        (self.path / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        (self.path / "environment.json").write_text(json.dumps(describe_environment(world), indent=1))
-
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Around the first writing into the folder.
@@ -125,31 +114,6 @@ def run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
     return f"{choices.get('model', 'model')}-{choices.get('data', 'data')}-{digest}"
 
 
-def redacted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with the values of secret-sounding keys replaced."""
-
-    def clean(key: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {inner: clean(str(inner), item) for inner, item in value.items()}
-        if isinstance(value, list):
-            return [clean(key, item) for item in value]
-        if not isinstance(value, str):
-            return value
-        return "***" if _SECRET.search(key) else _IN_ADDRESS.sub("***", value)
-
-    return {key: clean(key, value) for key, value in config.items()}
-
-
-def redacted_words(words: Sequence[str]) -> list[str]:
-    """A command line with the values of secret-sounding keys replaced, also those inside of `{...}`."""
-
-    def clean(match: re.Match[str]) -> str:
-        key, between, value = match.groups()
-        return f"{key}{between}***" if _SECRET.search(key) and not value.isdecimal() else match.group()
-
-    return [_IN_ADDRESS.sub("***", re.sub(r"([\w.-]+)([=:]\s*)([^,{}\s]+)", clean, word)) for word in words]
-
-
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """`key: old -> new` for each leaf that differs."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
@@ -167,6 +131,14 @@ def _leaves(tree: Any, prefix: str = "") -> list[tuple[str, Any]]:
     if not isinstance(tree, Mapping) or not tree:
         return [(prefix, tree)]
     return [leaf for key, value in tree.items() for leaf in _leaves(value, f"{prefix}.{key}" if prefix else str(key))]
+
+
+def describe(folder: Path, config: Mapping[str, Any], world: World) -> None:
+    """Write `config.yaml` and `environment.json`, of the newest start that came as far as its first step."""
+    import yaml
+
+    (folder / "config.yaml").write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    (folder / "environment.json").write_text(json.dumps(describe_environment(world), indent=1))
 
 
 def describe_environment(world: World) -> dict[str, Any]:

@@ -17,6 +17,9 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR
 _SAME_STOP_S = 2.0
 
 
+_hearing: list[SignalEars] = []
+
+
 class SignalEars:
     """Hears signals also while the main thread waits in a library for other ranks, when no Python handler can run.
 
@@ -36,6 +39,7 @@ class SignalEars:
             self._before = {number: signal.signal(number, self._handle) for number in signals}
         except ValueError:
             return
+        _hearing.append(self)
         self._ends = os.pipe()
         os.set_blocking(self._ends[1], False)
         self._wakeup_before = signal.set_wakeup_fd(self._ends[1], warn_on_full_buffer=False)
@@ -43,13 +47,25 @@ class SignalEars:
 
     def close(self) -> None:
         """Give the signals back; may be called twice."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._give_back()
         if self._ends is not None:
+            _hearing.remove(self)
             signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
             os.close(self._ends[1])  # the thread reads the end, and closes its own
             self._ends = None
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    @staticmethod
+    def forget() -> None:
+        """In a forked process: the pipe leads to its parent, which would take the child's signals for its own."""
+        if _hearing:
+            signal.set_wakeup_fd(-1)
+        while _hearing:
+            _hearing.pop()._give_back()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._noted(number)
@@ -59,6 +75,10 @@ class SignalEars:
             for number in data:
                 self._heard(number)
         os.close(end)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=SignalEars.forget)
 
 
 @contextlib.contextmanager
@@ -87,7 +107,7 @@ def leaving_at_once(launcher: int) -> Iterator[None]:
 
     ears, over = SignalEars(lambda number: None, leave), threading.Event()
     ears.listen(_SIGNALS)
-    if "RANK" in os.environ:
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # without a launcher the parent is a shell, which may well be closed
         threading.Thread(target=_follow, args=(launcher, over), name="launcher", daemon=True).start()
     try:
         yield

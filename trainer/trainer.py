@@ -80,6 +80,8 @@ class Trainer:
                 raise ConfigError(
                     f"Trainer: {key}={value} is not positive. Give a number above 0, or null (trainer.{key})."
                 )
+        if self.clip_norm == math.inf:
+            raise ConfigError("Trainer: clip_norm=inf clips nothing. Give a number, or null (trainer.clip_norm).")
         if self.max_epochs is not None and not math.isfinite(self.max_epochs):
             raise ConfigError(
                 f"Trainer: max_epochs={self.max_epochs} never ends. Give a number, or null and another limit "

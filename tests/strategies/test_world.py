@@ -39,7 +39,7 @@ def reduce_with_followers() -> list[float]:
 
     world = connected()
     world = dataclasses.replace(world, data_leader=world.rank % 2 == 0)
-    return [*world.reduce([1.0 + world.rank]), *world.reduce([float(world.rank)], "max")]
+    return [*world.reduce([1.0 + world.rank], votes=[1.0]), *world.reduce([float(world.rank)], "max")]
 
 
 def gather_and_broadcast() -> tuple[list[object], object, object]:
@@ -173,7 +173,7 @@ def test_reduce_over_ranks_is_exact_and_equal(workers: Workers) -> None:
 
 
 def test_reduce_counts_each_replica_once(workers: Workers) -> None:
-    assert workers.run(reduce_with_followers, 4) == [[1.0 + 3.0, 3.0]] * 4
+    assert workers.run(reduce_with_followers, 4) == [[1.0 + 3.0, 4.0, 3.0]] * 4
 
 
 def test_gather_of_unequal_lengths_keeps_rank_order(workers: Workers) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
 from trainer.config import CONF, compose, made, refuse_wrong, restored
-from trainer.run_folder import differences, redacted, redacted_words, run_name
+from trainer.run_folder import differences, run_name
+from trainer.secrets import redacted, redacted_words
 
 GROUPS = {path.parent.name: [] for path in CONF.glob("*/*.yaml")}
 for _path in sorted(CONF.glob("*/*.yaml")):
@@ -109,7 +110,7 @@ def test_refuse_wrong_missing_value_names_the_key() -> None:
 
 
 def test_restored_never_runs_a_target(tmp_path: Path) -> None:
-    from strategies.base import Precision
+    from strategies.precision import Precision
 
     mark = tmp_path / "ran"
     with pytest.raises(ConfigError):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +22,7 @@ from strategies.world import World
 from tests.test_cli import launch, num_lines, started, starts, wait_for
 from tests.trainer.commands.jobs import ROOT
 from tests.trainer.jobs import ROWS, TINY, fit
-from trainer.liveness import Liveness
+from trainer.liveness import Liveness, _machine
 from trainer.metrics.events import read_events
 
 ENDLESS = (*TINY, "trainer.max_steps=1000000", "checkpoint.every=20", "run.dir=run")
@@ -40,6 +40,21 @@ def hang(self, *args):
             time.sleep(1)  # as in a collective of NCCL: nothing comes back
     return real(self, *args)
 DDPStrategy.forward_backward = hang
+from trainer import run
+run()
+"""
+
+CLOSING = """
+import sys, time
+sys.path[:0] = [{root!r}]
+from trainer.observer import Observer
+real = Observer.close
+def slow(self, error=None):
+    if error is not None:
+        time.sleep(7)  # as a logger that sends its last lines
+        open("closed", "w").close()
+    real(self, error)
+Observer.close = slow
 from trainer import run
 run()
 """
@@ -99,8 +114,29 @@ def test_killed_rank_ends_one_that_hangs(tmp_path: Path) -> None:
         begin = time.monotonic()
         assert process.wait(60) == 137
     assert time.monotonic() - begin < 20, "the launcher's own patience is 30 s"
-    [line] = (line for line in said(tmp_path) if not line.startswith("SIGTERM"))  # the launcher told it to end
+    [line] = said(tmp_path)
     assert line.startswith("TrainingError: rank 1 is gone")
+
+
+def test_killed_rank_leaves_the_other_time_to_close(tmp_path: Path) -> None:
+    with started(*launch(*script(tmp_path, CLOSING), *ENDLESS), folder=tmp_path) as process:
+        wait_for(lambda: num_lines(tmp_path / "run") > 4, process)
+        workers_of(process)[1].kill()
+        assert process.wait(60) == 137
+    assert (tmp_path / "closed").exists()
+    [line] = said(tmp_path)
+    assert line.startswith("TrainingError: rank 1 is gone")
+
+
+def test_killed_before_anybody_watches_is_said_by_the_launcher(tmp_path: Path) -> None:
+    path = tmp_path / "script.py"
+    path.write_text("import os, time\ntime.sleep(60 * (os.environ['RANK'] == '0'))\n")
+    with started(*launch("--script", str(path)), folder=tmp_path) as process:
+        wait_for(lambda: 0 in workers_of(process), process)
+        workers_of(process)[0].kill()
+        assert process.wait(60) == 137
+    [line] = said(tmp_path)
+    assert line.startswith("TrainingError: rank 0 was ended by SIGKILL")
 
 
 def test_killed_launcher_leaves_a_checkpoint_and_the_next_start_goes_on(tmp_path: Path) -> None:
@@ -201,7 +237,7 @@ def test_silent_machine_is_gone_and_a_slow_one_isnt(tmp_path: Path, monkeypatch:
     with mock.patch("trainer.liveness.threading.Thread"):  # looked at by hand, below
         watch = Liveness(far_world(0, store), tmp_path, 1)
         watch.__enter__()
-    store.set("live/1/1", json.dumps(["elsewhere", 1, 0.0]))
+    store.set("live/1/1", json.dumps(["elsewhere", 1]))
     for count in range(5):
         store.set("live/1/beat/1", str(count))
         watch._look()
@@ -221,10 +257,30 @@ def test_machine_that_left_in_order_isnt_gone(tmp_path: Path, monkeypatch: pytes
     with mock.patch("trainer.liveness.threading.Thread"):
         watch = Liveness(far_world(0, store), tmp_path, 1)
         watch.__enter__()
-    store.set("live/1/1", json.dumps([socket.gethostname(), 2**22 + 1, 0.0]))  # no such process
+    store.set("live/1/1", json.dumps([_machine(), 2**22 + 1]))  # no such process
     store.set("live/1/left/1", "")
     watch._look()
     assert watch._verdict is None
+
+
+@pytest.mark.parametrize("condition", ["killed", "left", "container", "alive"])
+def test_process_of_this_machine_is_gone_only_if_seen_to_be(tmp_path: Path, condition: str) -> None:
+    store = dist.HashStore()
+    with mock.patch("trainer.liveness.threading.Thread"):
+        watch = Liveness(dataclasses.replace(far_world(0, store), local_size=2), tmp_path, 1)
+        watch.__enter__()
+    with subprocess.Popen(["sleep", "60"]) as peer:
+        machine = "another pid namespace" if condition == "container" else _machine()
+        store.set("live/1/1", json.dumps([machine, peer.pid]))
+        watch._look()
+        if condition != "alive":
+            peer.kill()  # and stays a zombie while nobody waits for it
+        if condition == "left":
+            store.set("live/1/left/1", "")
+        time.sleep(0.2)
+        watch._look()
+        peer.kill()
+    assert (watch._verdict is not None) == (condition == "killed")
 
 
 def test_ranks_on_two_machines_end_in_order(workers: Workers, tmp_path: Path) -> None:

@@ -40,6 +40,38 @@ def test_request_hears_a_signal_and_gives_it_back() -> None:
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_signals_to_a_forked_child_are_its_own() -> None:
+    code = (
+        "import multiprocessing, os, time; from trainer.stop import StopRequest, leaving_at_once\n"
+        "def end_a_child():\n"
+        "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,))\n"
+        "    child.start(); time.sleep(0.3); child.terminate(); child.join(); time.sleep(0.3)\n"
+        "    return child.exitcode\n"
+        "with leaving_at_once(os.getppid()):\n"
+        "    assert end_a_child() == -15\n"
+        "    request = StopRequest(None); request.listen()\n"
+        "    assert end_a_child() == -15\n"
+        "    assert request.signal == 0, 'the child was told, not this process'\n"
+        "    request.close()\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_parent_that_ends_is_no_signal_without_a_launcher() -> None:
+    inner = (
+        "import os, time; from trainer.stop import leaving_at_once\n"
+        "with leaving_at_once(os.getppid()):\n"
+        "    print('ready', flush=True); time.sleep(4); print('done', flush=True)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC")}
+    shell = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" & sleep 2', sys.executable, inner],
+        env={**environment, "RANK": "0"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert shell.stdout.split() == ["ready", "done"]
+
+
 def test_request_second_signal_later_leaves_at_once() -> None:
     code = (
         "import os, signal, time; from trainer.stop import StopRequest; r = StopRequest(None); r.listen(); "

@@ -21,6 +21,8 @@ from trainer.stop import EXIT_STOPPED
 LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""
 _ALONE_S = 30
+_FOLLOW_S = 25
+"""How long a worker may stay after another one has crashed; each notices by itself within seconds."""
 
 
 _FINAL = (EXIT_WRONG_INPUT, EXIT_STOPPED)
@@ -99,15 +101,46 @@ class Agent(LocalElasticAgent):
         Args:
             otherwise: the answer if no worker was started.
         """
-        handlers = getattr(self._pcontext, "subprocess_handlers", {})
-        codes = [handlers[rank].proc.poll() for rank in sorted(handlers)]
+        codes = [handler.proc.poll() for handler in self._handlers()]
         return shell_code(telling(code for code in codes if code is not None)) if codes else otherwise
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._let_follow()
         result: RunResult = super()._monitor_workers(worker_group)
         if result.failures and telling(failure.exitcode for failure in result.failures.values()) in _FINAL:
             self._remaining_restarts = 0
         return result
+
+    def _let_follow(self) -> None:
+        """After a worker's end, the others say why and end too: being told would take the words out of their mouths.
+
+        Where nobody was left to say anything, it is said here.
+        """
+        handlers = self._handlers()
+        codes = [handler.proc.poll() for handler in handlers]
+        end = time.monotonic() + (LEAVE_S if set(codes) <= {None, 0, EXIT_STOPPED} else _FOLLOW_S)
+        if not any(codes):
+            return
+        while None in codes and time.monotonic() < end:
+            time.sleep(0.05)
+            codes = [handler.proc.poll() for handler in handlers]
+            if set(codes) - {None, 0, EXIT_STOPPED}:
+                end = min(end, time.monotonic() + _FOLLOW_S)
+        for handler in handlers:
+            if handler.proc.poll() is None:
+                handler.close(signal.SIGKILL)
+        ended = [(rank, code) for rank, code in enumerate(codes) if code]
+        if all(code < 0 for _, code in ended):
+            rank, code = ended[0]
+            sys.stderr.write(
+                f"TrainingError: rank {rank} was ended by {signal.Signals(-code).name} (out of memory? see the "
+                "kernel's log); start again to go on from the newest checkpoint\n"
+            )
+
+    def _handlers(self) -> list[Any]:
+        """Of the workers' processes, in rank order."""
+        handlers = getattr(self._pcontext, "subprocess_handlers", {})
+        return [handlers[rank] for rank in sorted(handlers)]
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
         done = worker_group.spec.max_restarts - self._remaining_restarts
@@ -121,7 +154,7 @@ class Agent(LocalElasticAgent):
 
     def _let_leave(self, told: signal.Signals) -> None:
         """Pass a signal on, and wait for checkpoints; not for long where a worker died and the others wait for it."""
-        handlers = list(getattr(self._pcontext, "subprocess_handlers", {}).values())
+        handlers = self._handlers()
         for handler in handlers:
             if handler.proc.poll() is None:
                 handler.close(told)

@@ -71,6 +71,7 @@ def launch_local(script: Path, arguments: Sequence[str], processes: int, max_res
     logging.disable(logging.ERROR)  # the workers say what is wrong; torchrun's report would only bury that line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     os.environ.setdefault("SHARDWRIGHT_GRACE_S", str(LEAVE_S))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # where a rank is gone, each socket says so in 30 lines
     os.environ["SHARDWRIGHT_LAUNCHER"] = str(os.getpid())
     spec = WorkerSpec(
         role="worker",

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TextIO
 
+from trainer.secrets import HidingFormatter
+
 LOGGER = logging.getLogger("shardwright")
 
 _TALKATIVE = ("transformers", "datasets", "huggingface_hub", "accelerate", "peft", "torch", "matplotlib", "filelock",
@@ -23,7 +25,7 @@ class Logs:
         self.path = folder / "logs" / f"rank-{rank}.log"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = logging.FileHandler(self.path, encoding="utf-8")
-        self._file.setFormatter(logging.Formatter(_FORMAT))
+        self._file.setFormatter(HidingFormatter(_FORMAT))
         self._file.addFilter(_once)
         self._console = logging.StreamHandler()
         self._console.setLevel(logging.ERROR)

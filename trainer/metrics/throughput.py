@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from strategies.base import Numbers
+from strategies.precision import Numbers
 
 _TERA = 1e12
 

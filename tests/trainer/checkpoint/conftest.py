@@ -65,6 +65,7 @@ def s3(s3_server: tuple[str, Unreliable], monkeypatch: pytest.MonkeyPatch) -> It
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # of a server before, which may have gone
     files = fsspec.filesystem("s3", skip_instance_cache=True)
     if not files.exists("runs"):
         files.mkdir("runs")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from strategies.base import Numbers
+from strategies.precision import Numbers
 from trainer.metrics.memory import peak_memory_mib
 from trainer.metrics.throughput import flops_utilisation, peak_flops, peak_flops_of, training_flops_per_token
 
