@@ -285,7 +285,8 @@ def _start() -> _Worker:
     return _Worker(process=process, connection=mine, log=log)
 
 
-_QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_QUIET = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+          "TORCH_CPP_LOG_LEVEL": "ERROR"}  # fmt: skip
 if "lo" in {name for _, name in socket.if_nameindex()}:
     _QUIET["GLOO_SOCKET_IFNAME"] = "lo"  # the machine's own name may lead anywhere
 

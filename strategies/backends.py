@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,6 +13,8 @@ import torch.distributed as dist
 
 from strategies.errors import ConfigError
 from strategies.world import Launch, World, agree, open_store
+
+_LONGEST_S = 7 * 24 * 3600
 
 
 @dataclass(kw_only=True)
@@ -24,9 +27,10 @@ class Backend(ABC):
     """Network interface to use, such as `eth0`; the library chooses when it is null."""
 
     def __post_init__(self) -> None:
-        if not self.timeout_s > 0:
+        if not 0 < self.timeout_s <= _LONGEST_S:
             raise ConfigError(
-                f"Backend: timeout_s={self.timeout_s} is not positive. Give seconds, such as 1800 (backend.timeout_s)."
+                f"Backend: timeout_s={self.timeout_s} is not between 0 and {_LONGEST_S}, a week. "
+                "Give seconds, such as 1800 (backend.timeout_s)."
             )
 
     @abstractmethod
@@ -98,6 +102,7 @@ def connect_ranks(backend: Backend) -> World:
     error: ConfigError | None = None
     device = torch.device("cpu")
     try:
+        _check_interface(backend)
         device = backend.device(launch)
     except ConfigError as caught:
         error = caught
@@ -138,6 +143,21 @@ def connect_ranks(backend: Backend) -> World:
 def _on_one_machine(launch: Launch) -> bool:
     """Some launchers don't say how many ranks a machine has."""
     return launch.size == 1 or ("LOCAL_WORLD_SIZE" in os.environ and launch.local_size == launch.size)
+
+
+def _check_interface(backend: Backend) -> None:
+    """Refuse an interface that this machine lacks; the control messages need plain names also beside NCCL."""
+    import psutil
+
+    internet = (socket.AF_INET, socket.AF_INET6)
+    found = psutil.net_if_addrs().items()
+    known = sorted(name for name, places in found if any(place.family in internet for place in places))
+    for name in [] if backend.interface is None else backend.interface.split(","):
+        if name not in known:
+            raise ConfigError(
+                f"Backend: interface={backend.interface!r} is not a network interface of this machine that has an "
+                f"address. It has {', '.join(known)} (backend.interface)."
+            )
 
 
 def _loopback() -> str | None:

@@ -122,7 +122,7 @@ class Evil:
 
 
 def evil_tokens(folder: Path) -> list[str]:
-    np.save(folder / "evil.npy", np.array([Evil()], dtype=object), allow_pickle=True)
+    np.save(folder / "evil.npy", np.array([Evil()], dtype=object))
     return ["data=tokens", f"data.paths=[{folder}/evil.npy]", "data.boundary=0"]
 
 

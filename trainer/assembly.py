@@ -20,6 +20,7 @@ from trainer.data.base import Data
 from trainer.job import Job
 from trainer.limits import Limits
 from trainer.micro_batch import find_micro_batch
+from trainer.place import at_home
 from trainer.progress import Progress
 from trainer.random_state import derive, seed_all
 
@@ -120,7 +121,7 @@ def workers_of(job: Job) -> int:
 
 def _make_data(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Data:
     if job.data is not None:
-        data = job.data.build(job.world, job.cache.expanduser(), say)
+        data = job.data.build(job.world, at_home(job.cache), say)
     else:
         with job.world.together():
             data = trainer.make_data()

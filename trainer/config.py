@@ -20,7 +20,7 @@ from typing import Any, TypeVar, cast
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import strategies
@@ -283,14 +283,14 @@ def _refuse_unknown(config: DictConfig) -> None:
     for path, node in _typed_nodes(config, ""):
         known = [item.name for item in dataclasses.fields(cast(Any, OmegaConf.get_type(node)))]
         for key in map(str, node):
+            full = f"{path}.{key}" if path else key
             if key not in known:
-                full = f"{path}.{key}" if path else key
                 raise ConfigError(f"Configuration: there is no key {full!r}. {nearest(key, known)} ({full})")
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(
-            f"Configuration: {missing[0]} has no value. Give one: {missing[0]}=... ({', '.join(missing)})"
-        )
+            if isinstance(node._get_node(key), Container) and isinstance(node.get(key), str | int | float):
+                raise ConfigError(f"Configuration: {full} takes several values, not {node[key]!r} alone ({full}).")
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        fix = f"Give one: {missing[0]}=... ({', '.join(missing)})"
+        raise ConfigError(f"Configuration: {missing[0]} has no value. {fix}")
 
 
 def _refuse_without_class(config: DictConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from strategies.errors import ConfigError
 
@@ -29,3 +31,8 @@ class Run:
                 f"Run: name={self.name!r} can't be a folder's name. Use letters, digits, - and _; for a path there is "
                 "run.dir (run.name)."
             )
+
+
+def at_home(path: str | Path) -> Path:
+    """With `~` and `~name` replaced; as in a shell, a name that nobody has stays as it is."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises

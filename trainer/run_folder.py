@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from strategies.errors import ConfigError
 from strategies.world import Launch, World, open_store, publish
+from trainer.place import at_home
 from trainer.secrets import redacted_words
 
 _PATIENCE_S = 10.0
@@ -54,7 +55,7 @@ class RunFolder:
         held: list[RunFolder] = []
 
         def decide() -> str:
-            folder = cls(Path(directory or Path("runs") / name).expanduser().absolute(), launch, number)
+            folder = cls(at_home(directory or Path("runs") / name).absolute(), launch, number)
             folder._make()
             held.append(folder)
             return str(folder.path)

@@ -354,6 +354,7 @@ class Session:
             tokenizer=self.parts.data.tokenizer,
             say=self.observer.say,
             log_text=lambda title, text: self.observer.text(self.progress.step, title, text),
+            continues=self.trainer.task is None or self.trainer.task.continues,
         )
         with self.clock.measure("hooks"):
             for hook in self.job.hooks.values():

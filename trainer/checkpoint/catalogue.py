@@ -17,6 +17,7 @@ from strategies.world import World
 from trainer.checkpoint.config import Best, Checkpoints, Sharing
 from trainer.checkpoint.manifest import NAME, Manifest, folder_of, step_of
 from trainer.checkpoint.store import AbstractStore, FolderStore, open_store
+from trainer.place import at_home
 
 _CHUNK = 64 << 20
 
@@ -327,7 +328,7 @@ def place_of(address: str | Path) -> tuple[str, int | None]:
 def absolute(address: str | Path) -> str:
     """A folder's full path, or an address with `://` as it is; without a slash at the end."""
     text = str(address)
-    return text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute())
+    return text.rstrip("/") if "://" in text else str(at_home(text).absolute())
 
 
 def _what(name: str, listed: dict[int, dict[str, int]], size: int) -> str:

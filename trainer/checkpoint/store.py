@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast, final
 
 from strategies.errors import ConfigError
+from trainer.place import at_home
 
 _CHUNK = 1 << 20
 
@@ -220,7 +221,7 @@ def open_store(address: str) -> AbstractStore:
     """
     if address.startswith("file://"):
         return FolderStore(Path(address.removeprefix("file://")))
-    return ObjectStore(address) if "://" in address else FolderStore(Path(address).expanduser().absolute())
+    return ObjectStore(address) if "://" in address else FolderStore(at_home(address).absolute())
 
 
 @contextlib.contextmanager

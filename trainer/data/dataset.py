@@ -16,6 +16,7 @@ from trainer.data.cache import file_digest
 from trainer.data.language import AbstractLanguageData, Document, Reading, in_validation
 from trainer.data.packing import Packing
 from trainer.data.tokenizers import first_line
+from trainer.place import at_home
 
 _LOCAL = ("json", "parquet", "csv", "text", "arrow")
 
@@ -104,7 +105,7 @@ class AbstractDatasetData(AbstractLanguageData):
     def _local(self, patterns: list[str], key: str) -> list[Path]:
         found: list[Path] = []
         for pattern in patterns:
-            path = Path(pattern).expanduser()
+            path = at_home(pattern)
             names = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
             files = [match.resolve() for match in map(Path, names) if match.is_file()]
             if not files:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, final
 
 from strategies.errors import ConfigError
@@ -14,6 +13,7 @@ from trainer.data.dataset import AbstractDatasetData
 from trainer.data.language import Document
 from trainer.data.packing import Packing
 from trainer.data.tokenizers import first_line
+from trainer.place import at_home
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"
@@ -49,7 +49,7 @@ class MessagesData(AbstractDatasetData):
         if self.template is None or "{" in self.template:
             return self.template
         try:
-            return Path(self.template).expanduser().read_text()
+            return at_home(self.template).read_text()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"MessagesData: template={self.template!r} is no readable file, nor a template. "

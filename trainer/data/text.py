@@ -14,6 +14,7 @@ from strategies.errors import ConfigError
 from trainer.data.base import Tokenizer
 from trainer.data.cache import file_digest
 from trainer.data.language import AbstractLanguageData, Document, Reading, in_validation
+from trainer.place import at_home
 
 # Tests, data tables and generated code, and what newer Pythons no longer have.
 _NOT_LIBRARY = {
@@ -163,7 +164,7 @@ class TextData(AbstractTextData):
             )
         found: dict[str, Path] = {}
         for text in paths:
-            path = Path(text).expanduser()
+            path = at_home(text)
             if path.is_dir():
                 names = [file.relative_to(path) for file in path.rglob(self.pattern) if file.is_file()]
                 files = {name.as_posix(): path / name for name in names if self._wanted(name)}

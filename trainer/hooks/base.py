@@ -30,6 +30,8 @@ class Moment:
     """Print a line to the person at the terminal (rank 0 only; silent elsewhere)."""
     log_text: Callable[[str, str], None]
     """`log_text(name, text)`: hand a text to the loggers."""
+    continues: bool = True
+    """Whether the model predicts the token after those that it is given, as far as is known."""
 
 
 @dataclass(kw_only=True)

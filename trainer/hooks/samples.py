@@ -66,6 +66,9 @@ class TextSamples(Hook):
         if moment.tokenizer is None:
             self._off = True
             moment.say("samples: the data has no tokenizer, so there is no text to generate (hooks)")
+        elif not moment.continues:
+            self._off = True
+            moment.say("samples: this model's objective isn't to continue a text, so there is none to generate (hooks)")
         return None
 
     def on_evaluate(self, moment: Moment) -> str | None:

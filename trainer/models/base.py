@@ -16,6 +16,9 @@ from trainer.data.base import Sample, Tokenizer
 class Task(ABC):
     """From samples to a batch, and from a model's outputs to a loss summed over counted positions."""
 
+    continues = False
+    """Whether the model learns to predict the token after those that it is given."""
+
     @abstractmethod
     def collate(self, samples: list[Sample], seeds: list[int]) -> Batch:
         """Make one micro-batch; any randomness comes from `seeds` alone. Runs in data workers."""

@@ -96,9 +96,9 @@ class HFModel(AbstractModel):
                 f"HFModel: {'neither path nor architecture says which model' if self.path is None else both}. "
                 "Give one of them: model.path=<folder or hub name>, or model.architecture=llama (model.path)."
             )
-        if self.loss_chunk < 0:
+        if not 0 <= self.loss_chunk < 1 << 40:
             raise ConfigError(
-                f"HFModel: loss_chunk={self.loss_chunk} is negative. Try 1024, or 0 for off (model.loss_chunk)."
+                f"HFModel: loss_chunk={self.loss_chunk} is out of range. Try 1024, or 0 for off (model.loss_chunk)."
             )
         if not 0 < self.noise < 1:
             raise ConfigError(f"HFModel: noise={self.noise} is not between 0 and 1. Try 0.15 (model.noise).")

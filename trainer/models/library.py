@@ -16,6 +16,7 @@ from strategies.errors import ConfigError, nearest
 from trainer.data.base import Tokenizer
 
 _MAX_SENTINELS = 100
+_MAX_LAYERS = 10_000
 _SIZE = re.compile(r"^(d_\w+|n_(embd|layer|head|positions)|num_\w*(layers|heads)|(hidden|intermediate|vocab)_size)$")
 
 
@@ -39,6 +40,8 @@ def check_fields(kind: Any, given: Mapping[str, Any]) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and _SIZE.search(name) and value < 1:
             raise ConfigError(f"HFModel: {name}={value} is below 1. Give a size ({key}).")
+        if number and name.endswith("layers") and value > _MAX_LAYERS:
+            raise ConfigError(f"HFModel: {name}={value} is more than {_MAX_LAYERS}. Give fewer layers ({key}).")
         if number and name.endswith(("dropout", "pdrop", "dropout_rate", "dropout_prob")) and not 0 <= value < 1:
             raise ConfigError(f"HFModel: {name}={value} is not in [0, 1). Try 0.1 ({key}).")
 

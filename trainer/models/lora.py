@@ -10,6 +10,8 @@ from typing import Any
 from strategies.errors import ConfigError
 from trainer.models.library import line
 
+_MAX_RANK = 1 << 14
+
 
 @dataclass(kw_only=True)
 class LoRA:
@@ -27,6 +29,8 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise ConfigError(f"LoRA: rank={self.rank} is negative. Try 8, or 0 for none (model.lora.rank).")
+        if self.rank > _MAX_RANK:
+            raise ConfigError(f"LoRA: rank={self.rank} is above {_MAX_RANK}. Try 8 (model.lora.rank).")
         if self.rank == 0 and (self.dropout or self.target_modules or self.alpha != LoRA.alpha):
             raise ConfigError(
                 f"LoRA: alpha={self.alpha}, dropout={self.dropout} and target_modules={self.target_modules} mean "

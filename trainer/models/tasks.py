@@ -111,6 +111,8 @@ class _TokenTask(Task):
 class CausalTask(_TokenTask):
     """Predict each token from those before it, of the same document where the model can."""
 
+    continues = True
+
     def collate(self, samples: list[Sample], seeds: list[int]) -> Batch:
         rows = [sample["tokens"][:-1] for sample in samples]
         lengths = [len(row) for row in rows]
