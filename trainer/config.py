@@ -286,11 +286,11 @@ def _refuse_unknown(config: DictConfig) -> None:
             full = f"{path}.{key}" if path else key
             if key not in known:
                 raise ConfigError(f"Configuration: there is no key {full!r}. {nearest(key, known)} ({full})")
-            if isinstance(node._get_node(key), Container) and isinstance(node.get(key), str | int | float):
-                raise ConfigError(f"Configuration: {full} takes several values, not {node[key]!r} alone ({full}).")
-    if missing := sorted(OmegaConf.missing_keys(config)):
-        fix = f"Give one: {missing[0]}=... ({', '.join(missing)})"
-        raise ConfigError(f"Configuration: {missing[0]} has no value. {fix}")
+            several = isinstance(node._get_node(key), Container)
+            if several and isinstance(one := OmegaConf.select(config, full), str | int | float):
+                raise ConfigError(f"Configuration: {full} takes several values, not {one!r} alone ({full}).")
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"Configuration: {key} has no value. Give one: {key}=... ({key})")
 
 
 def _refuse_without_class(config: DictConfig) -> None:

@@ -174,8 +174,8 @@ if __name__ == "__main__":
     next(steps)
     asked = []
     signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)
         while not asked:
             next(steps)
             time.sleep(0.01)
