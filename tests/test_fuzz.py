@@ -29,7 +29,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from strategies.testing import Workers
 from tests.starts import Start, start
-from trainer.config import CONF, compose
+from trainer.complaints import CONF
+from trainer.config import compose
 
 NUM_EXAMPLES = int(os.environ.get("SHARDWRIGHT_FUZZ", "0"))
 MOST_S = 20.0

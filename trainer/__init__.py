@@ -20,4 +20,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'trainer' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    from trainer.first_import import first_import_of
+
+    with first_import_of("torch"):
+        return getattr(importlib.import_module(_HOMES[name]), name)

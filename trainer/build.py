@@ -17,6 +17,7 @@ from strategies.errors import ConfigError, TrainingError
 from strategies.precision import Numbers, Precision
 from strategies.world import World
 from trainer.config import made
+from trainer.first_import import first_import_of
 from trainer.job import Job
 from trainer.liveness import Liveness
 from trainer.metrics.logs import LOGGER, set_up_logs
@@ -161,7 +162,8 @@ def _set_numerics(precision: Precision, deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = precision.numbers is Numbers.tf32
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)
+    with first_import_of("torch._inductor"):
+        torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

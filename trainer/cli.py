@@ -121,12 +121,15 @@ def _say_once(line: str, *, anybody: bool = False) -> None:
 
 
 def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
-    from omegaconf import OmegaConf
+    from trainer.first_import import first_import_of
 
-    from trainer.build import makes_its_own, train
-    from trainer.config import register_schemas, with_config
-    from trainer.stop import EXIT_STOPPED
-    from trainer.trainer import Trainer
+    with first_import_of("torch"):
+        from omegaconf import OmegaConf
+
+        from trainer.build import makes_its_own, train
+        from trainer.config import register_schemas, with_config
+        from trainer.stop import EXIT_STOPPED
+        from trainer.trainer import Trainer
 
     cls = trainer_class or Trainer
     register_schemas(cls)

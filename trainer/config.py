@@ -7,20 +7,17 @@ key and type before anything is built.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import MISSING, Container, DictConfig, OmegaConf
+from hydra.errors import HydraException
+from omegaconf import MISSING, Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import strategies
@@ -28,12 +25,10 @@ from strategies.backends import AutoBackend, GlooBackend, NCCLBackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
 from trainer import checkpoint, data, hooks, metrics, models, optim, schedule
+from trainer.complaints import CONF, SEVERAL, explained, options
 from trainer.place import Run
 from trainer.trainer import Trainer
 
-CONF = Path(__file__).resolve().parent.parent / "conf"
-_SEVERAL = ("logger", "hooks")
-"""Groups of which any number may be chosen, by name."""
 _SEEDS = 1 << 63
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
@@ -97,7 +92,7 @@ def register(group: str, name: str) -> Callable[[C], C]:
     """
 
     def store(cls: C) -> C:
-        package = f"{group}.{name}" if group in _SEVERAL else group
+        package = f"{group}.{name}" if group in SEVERAL else group
         ConfigStore.instance().store(group=group, name=name, node=cls, package=package)
         return cls
 
@@ -159,11 +154,31 @@ def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
     Raises:
         ConfigError: an unknown key, a wrong type, an unknown choice: one line that names the nearest.
     """
+    words = sys.argv[1:]
+    plain = not any(word.startswith("-") or word.lstrip("+~").startswith("hydra") for word in words)
+    # Hydra's own way in composes everything twice; only its flags and settings need it.
+    for config, choices in [_opening_dicts(words, _composed)] if plain else _composed_by_hydra():
+        refuse_wrong(config)
+        task(config, choices)
 
-    composed: list[tuple[DictConfig, dict[str, str]]] = []  # run outside of Hydra, which would add to our errors
+
+def _composed(words: list[str]) -> tuple[DictConfig, dict[str, str]]:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        config = hydra.compose("config", overrides=words, return_hydra_config=True)
+    choices = _choices(config.hydra)
+    with open_dict(config):
+        del config["hydra"]
+    return config, choices
+
+
+def _composed_by_hydra() -> list[tuple[DictConfig, dict[str, str]]]:
+    """Several for a sweep; none where a flag only asks."""
+    from hydra.core.hydra_config import HydraConfig
+
+    found: list[tuple[DictConfig, dict[str, str]]] = []  # run outside of Hydra, which would add to our errors
 
     def main(config: DictConfig) -> None:
-        composed.append((config, chosen()))
+        found.append((config, _choices(HydraConfig.get())))
 
     # Hydra prints several lines and exits with 1; with this, it raises, and we say it in one.
     before = os.environ.get("HYDRA_FULL_ERROR")
@@ -177,9 +192,12 @@ def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before
-    for config, choices in composed:
-        refuse_wrong(config)
-        task(config, choices)
+    return found
+
+
+def _choices(hydra_config: Any) -> dict[str, str]:
+    """Group -> option, as composed."""
+    return {key: str(value) for key, value in hydra_config.runtime.choices.items() if "/" not in key}
 
 
 def compose(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) -> DictConfig:
@@ -189,8 +207,7 @@ def compose(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) ->
         ConfigError: as the command line would.
     """
     register_schemas(trainer_class)
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = _opening_dicts(overrides, lambda words: hydra.compose("config", overrides=list(words)))
+    config, _ = _opening_dicts(overrides, _composed)
     refuse_wrong(config)
     return config
 
@@ -253,13 +270,6 @@ def restored(cls: type[T], stored: dict[str, Any]) -> T:
         raise explained(error) from error
 
 
-def chosen() -> dict[str, str]:
-    """Group -> option, as composed for the running command."""
-    from hydra.core.hydra_config import HydraConfig
-
-    return {key: str(value) for key, value in HydraConfig.get().runtime.choices.items() if "/" not in key}
-
-
 def refuse_wrong(config: DictConfig) -> None:
     """Refuse what a composed configuration can hold in spite of its schemas.
 
@@ -298,17 +308,17 @@ def _refuse_without_class(config: DictConfig) -> None:
         if item.name not in config:
             raise ConfigError(f"Configuration: {item.name} was taken away and is needed. Leave it in ({item.name}).")
         if item.type == "Any" and not _has_class(config[item.name]):
-            options = ", ".join(_options(item.name))
+            known = ", ".join(options(item.name))
             raise ConfigError(
-                f"Configuration: nothing is chosen for {item.name}. Choose one: {item.name}=... of {options} "
+                f"Configuration: nothing is chosen for {item.name}. Choose one: {item.name}=... of {known} "
                 f"({item.name})"
             )
-    for group in _SEVERAL:
+    for group in SEVERAL:
         for name in map(str, config[group]):
             if not _has_class(config[group][name]):
                 raise ConfigError(
                     f"Configuration: {group}.{name} has keys, and {name} isn't chosen. "
-                    f"{nearest(name, _options(group))} Choose it with {group}=[{name}] ({group})"
+                    f"{nearest(name, options(group))} Choose it with {group}=[{name}] ({group})"
                 )
 
 
@@ -332,69 +342,3 @@ def _typed_nodes(node: DictConfig, path: str) -> Iterable[tuple[str, DictConfig]
         value = node._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
             yield from _typed_nodes(value, f"{path}.{key}" if path else key)
-
-
-def explained(error: Exception, words: Sequence[str] = ()) -> ConfigError:
-    """One line for what Hydra or OmegaConf says in several.
-
-    Args:
-        error: what they raised.
-        words: the overrides that it was raised for.
-    """
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, ConfigError):
-            return inner
-        if isinstance(inner, OmegaConfBaseException):
-            return _explained_key(inner)
-        inner = inner.__cause__
-    text = str(error)
-    choice = re.search(r"Could not (?:find|load) '([\w/.-]+)'", text)
-    if isinstance(error, MissingConfigException) and choice:
-        group, _, option = choice.group(1).rpartition("/")
-        near = nearest(option, _options(group))
-        return ConfigError(f"Configuration: {group}={option} is not a choice. {near} ({group or option})")
-    if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"Configuration: can't read the argument {error.override!r}. Write key=value; around a value with special "
-            "characters put quotes that the shell leaves alone, as in \"run.dir='a b'\"."
-        )
-    return _explained_choice(words) or ConfigError(f"Configuration: {' '.join(text.split())}")
-
-
-def _explained_choice(words: Sequence[str]) -> ConfigError | None:
-    """A group for which something else than its options was given, if one of `words` does that."""
-    for word in words:
-        key, sign, value = word.lstrip("+~").partition("=")
-        group = key.partition("@")[0]
-        if not sign or not group:
-            return ConfigError(f"Configuration: the argument {word!r} names no key. Write key=value.")
-        if "," in value and not re.match(r"['\"\[{]", value):
-            fixes = f"{key}=[{value}] for a list, or {key}=\"'{value}'\" for a text with commas"
-            return ConfigError(f"Configuration: {word!r} gives several values. Write {fixes} ({key}).")
-        named = re.fullmatch(r"\[(.*)\]", value) if group in _SEVERAL else re.fullmatch(r"['\"]?(.*?)['\"]?", value)
-        names = re.findall(r"[^\s,'\"]+", named.group(1)) if named else [""]
-        known = [*_options(group), "null"] if group == "experiment" else _options(group)
-        if known and (len(set(names)) < len(names) or not set(names) <= set(known)):
-            how = f"{group}=[a,b], each once" if group in _SEVERAL else f"{group}=a, one of them"
-            return ConfigError(
-                f"Configuration: {word[:100]} is not a choice. Write {how}. Choices: {', '.join(known)}. ({group})"
-            )
-    return None
-
-
-def _options(group: str) -> list[str]:
-    options = {path.stem for path in (CONF / group).glob("*.yaml")}
-    with contextlib.suppress(OSError):  # how Hydra says that code has registered none
-        options |= {name.removesuffix(".yaml") for name in ConfigStore.instance().list(group)}
-    return sorted(options)
-
-
-def _explained_key(error: OmegaConfBaseException) -> ConfigError:
-    key = str(error.full_key or error.key or "")
-    parent = error.parent_node
-    first = str(error).splitlines()[0]
-    if re.match(r"Key '.*' (is )?not in", first) and isinstance(parent, DictConfig):
-        known = [str(name) for name in parent]
-        return ConfigError(f"Configuration: there is no key {key!r}. {nearest(key.rpartition('.')[2], known)} ({key})")
-    return ConfigError(f"Configuration: {key}: {first.rstrip('.')}. Give another value ({key}).")

@@ -135,9 +135,18 @@ class Session:
             self.reason = f"reached step {self.progress.step} ({self.limit})"
             return None
         with self.clock.measure("data"):
-            step = self._feed.next(self._wish)
+            step = self._feed.next(self._wish, self._steps_alone())
         self.reason, self._stopped = step.stop, step.interrupted
         return step if self.reason is None else None
+
+    def _steps_alone(self) -> int:
+        """How many steps come, from the next one on, before anything else is done that may end the run."""
+        step, total = self.progress.step, self.total_steps
+        if step == 0:
+            return 1  # the first is logged
+        every = (self.trainer.log_every, self.trainer.eval_every, self.job.checkpoints.every)
+        left = [each - step % each for each in every if each is not None]
+        return min(left if total is None else [*left, total - step])
 
     def set_learning_rate(self) -> None:
         """A pure function of the step."""

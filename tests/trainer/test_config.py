@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
-from trainer.config import CONF, compose, made, refuse_wrong, restored
+from trainer.complaints import CONF
+from trainer.config import compose, made, refuse_wrong, restored
 from trainer.run_folder import differences, run_name
 from trainer.secrets import redacted, redacted_words
 
