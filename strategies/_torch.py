@@ -258,7 +258,8 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 def _is_long(norm: Tensor, limit: float) -> bool:
     """Whether clipping changes anything. Only found out where that doesn't wait: a device clips by 1 instead."""
-    return norm.device.type != "cpu" or bool(limit / (norm + 1e-6) < 1)  # as clip_grads_with_norm_ reckons
+    surely = limit * (1 - 1e-6)  # of what clip_grads_with_norm_ divides by, in whichever precision
+    return norm.device.type != "cpu" or not norm.item() + 1e-6 < surely
 
 
 def step_unless(skipped: Tensor, optimizer: Optimizer) -> None:

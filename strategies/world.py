@@ -185,9 +185,9 @@ class World:
 
         All ranks must start their messages in the same order; waiting may be in any order.
         """
-        mine = torch.tensor([*values, *votes], dtype=torch.float64)
         if self.control is None:
-            return mine.tolist
+            return lambda: [float(value) for value in (*values, *votes)]
+        mine = torch.tensor([*values, *votes], dtype=torch.float64)
         if op == "sum" and not self.data_leader:
             mine[: len(values)] = 0
         work = dist.all_reduce(mine, op=_OPS[op], group=self.control, async_op=True)

@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from strategies.base import Batch, LossSum, LossTerms, StepInfo
 from strategies.errors import TrainingError
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 _PATIENCE = 100
 """Steps skipped in a row after which a run counts as diverged."""
+_UNREAD = 1000
+"""Steps whose flags may wait to be read together."""
 _MAX_ROLLBACKS = 3
 
 
@@ -62,7 +65,8 @@ class Session:
         self._evaluation_due = False
         self._fresh: dict[str, float] = {}  # numbers of this very step
         self._continuity = Continuity()
-        self._skips = torch.zeros(2, device=self.world.device)  # not yet read; in a row
+        self._skips: list[Tensor] = []  # of each step, not yet read from the device
+        self._in_a_row = 0
         self._unreported = 0
         self._warned = self._warned_of_copies = False
 
@@ -159,8 +163,9 @@ class Session:
         self.progress.step += 1
         self.progress.samples += self.trainer.global_batch
         self.progress.tokens += step.tokens
-        flag = info.skipped.to(self._skips.dtype)
-        self._skips = torch.stack([self._skips[0] + flag, (self._skips[1] + 1) * flag])
+        self._skips.append(info.skipped)
+        if len(self._skips) > _UNREAD:
+            self._read_skips()
         if self.average is not None:
             self.average.update(self.keeper.state().weights)
         self._fresh = {}
@@ -209,13 +214,17 @@ class Session:
             self._not_finite()
 
     def _read_skips(self) -> None:
-        skipped, in_a_row = (int(value) for value in self._skips.tolist())
-        self._skips[0] = 0
-        self.progress.skipped += skipped
-        self._unreported += skipped
-        if in_a_row >= _PATIENCE:
+        flags = torch.stack(self._skips).tolist() if self._skips else []
+        self._skips.clear()
+        self.progress.skipped += sum(flags)
+        self._unreported += sum(flags)
+        longest = self._in_a_row
+        for flag in flags:
+            self._in_a_row = self._in_a_row + 1 if flag else 0
+            longest = max(longest, self._in_a_row)
+        if longest >= _PATIENCE:
             raise TrainingError(
-                f"Trainer: {in_a_row} steps in a row had a gradient that isn't finite. Lower optimizer.lr, "
+                f"Trainer: {longest} steps in a row had a gradient that isn't finite. Lower optimizer.lr, "
                 "or use precision=bf16 (optimizer.lr, precision)."
             )
 
