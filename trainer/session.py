@@ -16,7 +16,7 @@ from trainer.continuity import Continuity
 from trainer.data import evaluation_batches
 from trainer.ema import WeightAverage
 from trainer.evaluation import EvaluationStopped, as_ratios, evaluate_batches, until_stopped
-from trainer.feed import Feed, GlobalStep
+from trainer.feed import AT_ONCE_S, Feed, GlobalStep
 from trainer.hooks.base import Moment
 from trainer.job import Job
 from trainer.keeper import Keeper
@@ -205,7 +205,7 @@ class Session:
             },
         )
         self.metrics |= self._fresh
-        self.request.reserve_s = self.keeper.save_s + self._fresh["step_s"]
+        self.request.reserve_s = self.keeper.save_s + max(self._fresh["step_s"], AT_ONCE_S)
         jump = self._continuity.note(self.progress.step, self._fresh["loss"], norm)
         if jump is not None:
             self.observer.continuity(jump)
