@@ -157,8 +157,9 @@ class Kit:
         import psutil
 
         for worker in psutil.Process(self._launcher).children():
-            if worker.environ().get("RANK") == victim.removeprefix("rank "):
-                return int(worker.pid)
+            with contextlib.suppress(psutil.Error):  # one that ended meanwhile
+                if worker.environ().get("RANK") == victim.removeprefix("rank "):
+                    return int(worker.pid)
         raise ProcessLookupError(victim)
 
     def _note(self, fault: Fault) -> None:

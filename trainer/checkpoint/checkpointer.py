@@ -61,6 +61,8 @@ class _Pending:
     stall_s: float | None = None
     """None: the loop waits for all of it."""
     attempt: str = ""
+    settled: bool = False
+    """It may be complete, or become so without this rank: its files stay, whatever happens here."""
 
     @property
     def folder(self) -> str:
@@ -305,6 +307,7 @@ class Checkpointer:
         from trainer.checkpoint.metadata import index_of
 
         step, store = folder_of(pending.step), self._found.store
+        pending.settled = self._world.rank != 0
         parts = self._world.collect([writer.index, writer.written])
         files: dict[str, tuple[int, str]] = {}
         with self._world.together():
@@ -325,6 +328,7 @@ class Checkpointer:
         )
         with self._world.together():
             if self._world.rank == 0:
+                pending.settled = True
                 store.publish(f"{step}/{NAME}", manifest.to_bytes())
         return manifest
 
@@ -334,8 +338,11 @@ class Checkpointer:
             self._found.sweep(newest)
 
     def _discard(self, pending: _Pending) -> None:
-        """What a failed save left of this rank's; a full disk has better use for the space."""
-        if pending.attempt and self._found.leads:
+        """What a failed save left of this rank's; a full disk has better use for the space.
+
+        What stays where it can't be known is for a later sweep.
+        """
+        if pending.attempt and not pending.settled and self._found.leads:
             with contextlib.suppress(OSError):
                 self._found.store.remove(self._found.store.sizes(pending.folder))
 

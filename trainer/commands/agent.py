@@ -21,8 +21,11 @@ from trainer.stop import EXIT_STOPPED
 LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""
 _ALONE_S = 30
+_NOTICE_S = 8
+"""How long a worker that another one's crash left behind may take to notice by itself, which is a matter of seconds;
+one that is still starting has to be told."""
 _FOLLOW_S = 25
-"""How long a worker may stay after another one has crashed; each notices by itself within seconds."""
+"""How long it may stay."""
 
 
 _FINAL = (EXIT_WRONG_INPUT, EXIT_STOPPED)
@@ -117,25 +120,35 @@ class Agent(LocalElasticAgent):
         Where nobody was left to say anything, it is said here.
         """
         handlers = self._handlers()
-        codes = [handler.proc.poll() for handler in handlers]
-        end = time.monotonic() + (LEAVE_S if set(codes) <= {None, 0, EXIT_STOPPED} else _FOLLOW_S)
-        if not any(codes):
-            return
-        while None in codes and time.monotonic() < end:
-            time.sleep(0.05)
+        first: dict[int, int] = {}
+        begin, seen_s, told = time.monotonic(), 0.0, False
+        while True:
             codes = [handler.proc.poll() for handler in handlers]
-            if set(codes) - {None, 0, EXIT_STOPPED}:
-                end = min(end, time.monotonic() + _FOLLOW_S)
-        for handler in handlers:
-            if handler.proc.poll() is None:
-                handler.close(signal.SIGKILL)
-        ended = [(rank, code) for rank, code in enumerate(codes) if code]
-        if all(code < 0 for _, code in ended):
-            rank, code = ended[0]
+            if not any(codes):
+                return
+            now_s = time.monotonic() - begin
+            if not first:
+                first = {rank: code for rank, code in enumerate(codes) if code not in (None, 0, EXIT_STOPPED)}
+                seen_s = now_s
+            if None not in codes or now_s > (seen_s + _FOLLOW_S if first else LEAVE_S):
+                break
+            if first and not told and now_s > seen_s + _NOTICE_S:
+                told = True
+                self._signal(signal.SIGTERM)
+            time.sleep(0.05)
+        self._signal(signal.SIGKILL)
+        if first and all(code is None or code <= 0 or code == EXIT_STOPPED for code in codes):
+            rank, code = next(iter(first.items()))
             sys.stderr.write(
                 f"TrainingError: rank {rank} was ended by {signal.Signals(-code).name} (out of memory? see the "
                 "kernel's log); start again to go on from the newest checkpoint\n"
             )
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Those that are still there."""
+        for handler in self._handlers():
+            if handler.proc.poll() is None:
+                handler.close(number)
 
     def _handlers(self) -> list[Any]:
         """Of the workers' processes, in rank order."""
@@ -155,9 +168,7 @@ class Agent(LocalElasticAgent):
     def _let_leave(self, told: signal.Signals) -> None:
         """Pass a signal on, and wait for checkpoints; not for long where a worker died and the others wait for it."""
         handlers = self._handlers()
-        for handler in handlers:
-            if handler.proc.poll() is None:
-                handler.close(told)
+        self._signal(told)
         end = time.monotonic() + LEAVE_S
         while time.monotonic() < end:
             codes = [handler.proc.poll() for handler in handlers]

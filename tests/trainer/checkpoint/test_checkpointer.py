@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -177,6 +178,35 @@ def test_save_that_fails_leaves_the_one_before(
     save(keeper, 3)
     keeper.wait()
     assert steps(tmp_path) == [3]
+
+
+def test_save_that_was_published_stays_when_a_rank_dies_right_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper, real = make(tmp_path), FolderStore.publish
+
+    def last_deed(*args: Any) -> None:
+        real(*args)
+        raise RuntimeError("gloo: Connection reset by peer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderStore, "publish", last_deed)
+        with pytest.raises(RuntimeError, match="reset by peer"):
+            save_and_wait(keeper, 1)
+    assert content(make(tmp_path), newest(make(tmp_path))) == 1.0
+
+
+@pytest.mark.parametrize(("phase", "stays"), [("together", False), ("collect", True)])
+def test_save_of_another_machine_removes_only_what_nobody_can_have_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, stays: bool
+) -> None:
+    keeper = make(tmp_path)
+    keeper._world = dataclasses.replace(keeper._world, rank=1)  # its folder is its own, the manifest is rank 0's
+    monkeypatch.setattr(Checkpointer, "_share", lambda self, tensors: dict(tensors))
+    monkeypatch.setattr(World, phase, _full)
+    with pytest.raises(TrainingError, match="full"):
+        save_and_wait(keeper, 1)
+    assert steps(tmp_path) == [1] * stays
 
 
 def test_async_save_that_fails_is_reported_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
