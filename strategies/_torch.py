@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -164,8 +165,7 @@ class TorchStrategy(Strategy):
         if run.plan.clip_norm is not None and _is_long(norm, run.plan.clip_norm):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, run.plan.clip_norm, norm)
-        skipped = ~torch.isfinite(norm)
-        step_unless(skipped, optimizer)
+        skipped = step_if_finite(norm, optimizer)
         if run.scaler is not None:
             run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -262,18 +262,23 @@ def _is_long(norm: Tensor, limit: float) -> bool:
     return norm.device.type != "cpu" or not norm.item() + 1e-6 < surely
 
 
-def step_unless(skipped: Tensor, optimizer: Optimizer) -> None:
-    """Step `optimizer`, or change nothing where `skipped`.
+def step_if_finite(norm: Tensor, optimizer: Optimizer) -> Tensor:
+    """Step `optimizer`, or change nothing where `norm` isn't finite; 0-d bool: it isn't.
 
     Fused optimizers read the flag on the device. For the others it is read here, which waits for
     the device once per step; on CPU there is nothing to wait for.
     """
-    if skipped.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+    if norm.device.type == "cpu":
+        skipped = torch.tensor(not math.isfinite(norm.item()))
+    else:
+        skipped = ~torch.isfinite(norm)
+    if norm.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
     elif not bool(skipped):
         optimizer.step()
+    return skipped
 
 
 def weights_by_name(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

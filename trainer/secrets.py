@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -51,11 +52,16 @@ def learn(config: Mapping[str, Any]) -> None:
 
 def hidden(text: str) -> str:
     """`text` without the secrets of configurations and environment, wherever in it they are."""
-    known = _learned | {value for name, value in os.environ.items() if _SECRET.search(name)}
+    known = _learned | {value for name, value in os.environ.items() if _names_secret(name)}
     for value in sorted(known, key=len, reverse=True):
         if len(value) >= _SHORTEST:
             text = text.replace(value, _HIDDEN)
     return _IN_ADDRESS.sub(_HIDDEN, text)
+
+
+@functools.lru_cache(maxsize=10_000)
+def _names_secret(name: str) -> bool:
+    return _SECRET.search(name) is not None
 
 
 class HidingFormatter(logging.Formatter):

@@ -40,6 +40,8 @@ def width_of(lengths: Sequence[int], limit: int | None) -> int:
 
 def stack(rows: Sequence[NDArray[Any]], width: int, padding: int) -> Tensor:
     """int64 [rows, width], padded on the right."""
+    if all(len(row) == width for row in rows):
+        return torch.from_numpy(np.array(rows, dtype=np.int64))
     table = np.full((len(rows), width), padding, dtype=np.int64)
     for index, row in enumerate(rows):
         table[index, : len(row)] = row

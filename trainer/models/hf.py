@@ -30,7 +30,7 @@ from trainer.models.library import (
     sentinels,
 )
 from trainer.models.lora import LoRA, adapted, adapter_config
-from trainer.models.packed import follows_positions, takes_pair_mask
+from trainer.models.packed import follows_positions, takes_pair_mask, without_search
 from trainer.models.tasks import Apart, CausalTask, ClassificationTask, MaskedTask, Seq2SeqTask
 
 
@@ -332,7 +332,7 @@ class HFModel(AbstractModel):
             self._checkpoint_activations(model)
         if self.loss_chunk:
             use_chunked_head(model, self.loss_chunk)
-        return adapted(model, self.lora) if self.lora.rank else model
+        return without_search(adapted(model, self.lora) if self.lora.rank else model)
 
     def _checkpoint_activations(self, model: Any) -> None:
         if not getattr(model, "supports_gradient_checkpointing", False):

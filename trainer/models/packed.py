@@ -33,6 +33,44 @@ def follows_positions(model: Any) -> bool:
     return _reaches(model, "find_packed_sequence_indices", position_ids=_meta([[0, 0]]))
 
 
+def without_search(model: Any) -> Any:
+    """Spare `model` the search for documents where it numbers the positions itself, so that there is only one.
+
+    transformers searches in each forward pass, and has the host wait for the device to learn that nothing was
+    found; under torch.compile it keeps the mask instead, and attention misses its fast path.
+
+    Args:
+        model: the whole of it, whose forward is called with keywords.
+    """
+    from transformers import masking_utils
+
+    search = getattr(masking_utils, "find_packed_sequence_indices", None)
+    if search is None:
+        return model
+    if not isinstance(search, _Search):
+        search = masking_utils.find_packed_sequence_indices = _Search(search)
+    model.register_forward_pre_hook(search.begin, with_kwargs=True)
+    model.register_forward_hook(search.end, always_call=True)
+    return model
+
+
+class _Search:
+    """Stands in for the search of transformers, for all models; those without the hooks don't notice."""
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+        self._needless = False
+
+    def begin(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self._needless = kwargs.get("position_ids") is None
+
+    def end(self, module: Any, args: Any, outputs: Any) -> None:
+        self._needless = False
+
+    def __call__(self, position_ids: Tensor) -> Any:
+        return None if self._needless else self._original(position_ids)
+
+
 def takes_pair_mask(model: Any) -> bool:
     """Whether a bidirectional model takes a mask [batch, 1, query, key] as it is.
 

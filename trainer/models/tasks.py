@@ -65,10 +65,9 @@ class _TokenTask(Task):
 
     def loss(self, outputs: Any, batch: Batch) -> LossTerms:
         """Cross-entropy summed over counted positions, in float32 or what is higher."""
-        counted = batch.labels != -100
         if self.chunked:
             # The head knows the labels of when the batch was made; this one may have become weightless.
-            loss = torch.where(counted, outputs.logits[..., 0], 0.0).sum()
+            loss = torch.where(batch.labels != -100, outputs.logits[..., 0], 0.0).sum()
         else:
             loss = summed_cross_entropy(outputs.logits, batch.labels)
         balance = getattr(outputs, "aux_loss", None) if self.auxiliary_weight else None

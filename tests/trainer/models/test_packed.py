@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import masking_utils
 
 from strategies.base import Batch
 from trainer.data.base import Sample
@@ -106,3 +107,20 @@ def test_collate_for_flash_attention_lays_rows_end_to_end() -> None:
     assert batch.inputs["input_ids"][0, 24:40].tolist() == LONG[:-1].tolist()
     plain = CausalTask(apart=Apart.flat_positions).collate([packed(LONG), packed(LONG)], [0, 0])
     assert plain.inputs["input_ids"].shape == (2, 16)
+
+
+def test_model_that_numbers_positions_itself_searches_no_documents(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tiny("llama").make()
+    searched: list[Tensor] = []
+    search = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(search, "_original", lambda positions: searched.append(positions))
+    with pytest.raises(IndexError):
+        module(input_ids=torch.tensor([[1 << 20]]))  # a pass that fails leaves nothing behind either
+    inputs = torch.from_numpy(LONG)[None]
+    ours = module(input_ids=inputs).logits
+    assert not searched
+    theirs = module(input_ids=inputs, position_ids=torch.arange(17)[None]).logits
+    assert len(searched) == 1
+    assert torch.equal(ours, theirs)
