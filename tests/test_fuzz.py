@@ -240,6 +240,8 @@ def attempt(workers: Workers, files: Path, tmp_path_factory: pytest.TempPathFact
     return attempt
 
 
+@pytest.mark.timeout(180 + 5 * NUM_EXAMPLES)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # of torch's own, where it compiles
 @settings(
     max_examples=NUM_EXAMPLES or 40,
     derandomize=not NUM_EXAMPLES,

@@ -115,6 +115,14 @@ def _interrupted_later() -> Iterator[None]:
         signal.raise_signal(signal.SIGINT)
 
 
+@contextlib.contextmanager
+def _as_many_as_asked_for() -> Iterator[None]:
+    """Workers may outnumber the cores without a remark of torch's: some wait for a disk most of the time."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        yield
+
+
 @functools.cache
 def _close_at_exit() -> None:
     """End all workers before multiprocessing's own exit handler, which asks with SIGTERM and waits."""
@@ -144,8 +152,7 @@ class _Stream(Iterable[Batch]):
         self, samples: Samples, collate: Collate, keys: Iterable[list[Key]], workers: int, pin_memory: bool
     ) -> None:
         _start_fork_server()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="This DataLoader will create", category=UserWarning)
+        with _as_many_as_asked_for():
             self._loader: DataLoader[Any] = DataLoader(
                 _Keyed(samples),
                 batch_sampler=keys,
@@ -162,7 +169,7 @@ class _Stream(Iterable[Batch]):
         self._end: Callable[[], object] = lambda: None
 
     def __iter__(self) -> Iterator[Batch]:
-        with _interrupted_later():
+        with _interrupted_later(), _as_many_as_asked_for():
             iterator = iter(self._loader)  # the same one again where workers persist
             self._end = weakref.finalize(self, _end, iterator)
             _open_streams.add(self)

@@ -83,6 +83,15 @@ def worker_ids() -> list[int]:
     return sorted(process.pid or 0 for process in multiprocessing.active_children())
 
 
+def test_loader_with_more_workers_than_cores_says_nothing() -> None:
+    workers = len(os.sched_getaffinity(0)) + 1  # warnings are errors here
+    with Loader(
+        Numbers(34), Order(5, SOURCES), collate, seed=5, global_batch=2, micro_batch=2, workers=workers
+    ) as loader:
+        for position in (0, 2):
+            assert seen(next(loader.steps(position))[0])
+
+
 def test_loader_leaves_the_random_state_of_the_process_alone() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
