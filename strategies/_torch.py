@@ -269,10 +269,12 @@ def step_if_finite(norm: Tensor, optimizer: Optimizer) -> Tensor:
     the device once per step; on CPU there is nothing to wait for.
     """
     if norm.device.type == "cpu":
-        skipped = torch.tensor(not math.isfinite(norm.item()))
-    else:
-        skipped = ~torch.isfinite(norm)
-    if norm.device.type != "cpu" and getattr(optimizer, "_step_supports_amp_scaling", False):
+        finite = math.isfinite(norm.item())
+        if finite:
+            optimizer.step()
+        return torch.tensor(not finite)
+    skipped = ~torch.isfinite(norm)
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.grad_scale, optimizer.found_inf = None, skipped.float()  # type: ignore[attr-defined]
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]

@@ -346,6 +346,7 @@ class Session:
             self.save()  # first, since somebody who waits for the rest may lose patience
             with self.clock.measure("checkpoint"):
                 self.keeper.files.wait()
+                self.keeper.files.tidy()
             self._note_saved()
         if not self._stopped:
             if self.progress.step == self._begun_at and self.observer.has_finished(self.progress.step):

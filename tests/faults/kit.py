@@ -15,10 +15,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from tests.faults.plan import LOG, SIGNALS, Fault, planned
+
+if TYPE_CHECKING:
+    import psutil
 
 _NUMBERS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "freeze": signal.SIGSTOP}
 
@@ -154,13 +157,10 @@ class Kit:
         if victim == "launcher":
             assert os.getppid() == self._launcher != 1, "the launcher is gone already"
             return self._launcher
-        import psutil
-
-        for worker in psutil.Process(self._launcher).children():
-            with contextlib.suppress(psutil.Error):  # one that ended meanwhile
-                if worker.environ().get("RANK") == victim.removeprefix("rank "):
-                    return int(worker.pid)
-        raise ProcessLookupError(victim)
+        worker = workers_of(self._launcher).get(int(victim.removeprefix("rank ")))
+        if worker is None:
+            raise ProcessLookupError(victim)
+        return int(worker.pid)
 
     def _note(self, fault: Fault) -> None:
         if self._log is None:
@@ -192,6 +192,21 @@ class _Strike:
     def now(self) -> None:
         self._over.set()
         self._thread.join()
+
+
+def workers_of(launcher: int) -> dict[int, psutil.Process]:
+    """By rank.
+
+    Args:
+        launcher: its process ID.
+    """
+    import psutil
+
+    found = {}
+    for child in psutil.Process(launcher).children():
+        with contextlib.suppress(psutil.Error, KeyError):  # one that ended meanwhile; one that is no worker
+            found[int(child.environ()["RANK"])] = child
+    return found
 
 
 @contextlib.contextmanager

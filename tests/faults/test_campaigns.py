@@ -26,7 +26,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_campaign_20_kills_change_nothing(folder: Path) -> None:
-    assert kills(Campaign(what="kills", folder=folder, seed=SEED), plan.kills(SEED, 20)) == 0
+    campaign = Campaign(what="kills", folder=folder, seed=SEED)
+    assert kills(campaign, plan.kills(SEED, 20)) == 0, campaign.problems
     told = json.loads((folder / "result.json").read_text())
     assert told["faults"] == 20
     assert told["in_a_save"] >= 6
@@ -36,13 +37,15 @@ def test_campaign_20_kills_change_nothing(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_campaign_terms_change_nothing(folder: Path) -> None:
-    assert terms(Campaign(what="terms", folder=folder, seed=SEED), plan.terms(SEED, 3)) == 0
+    campaign = Campaign(what="terms", folder=folder, seed=SEED)
+    assert terms(campaign, plan.terms(SEED, 3)) == 0, campaign.problems
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_campaign_restarts_change_nothing(folder: Path) -> None:
-    assert restarts(Campaign(what="restarts", folder=folder, seed=SEED), plan.deaths(SEED, 1)) == 0
+    campaign = Campaign(what="restarts", folder=folder, seed=SEED)
+    assert restarts(campaign, plan.deaths(SEED, 1)) == 0, campaign.problems
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import signal
@@ -20,6 +19,7 @@ import torch.distributed as dist
 
 from strategies.testing import Workers
 from strategies.world import World
+from tests.faults.kit import workers_of
 from tests.test_cli import launch, num_lines, started, starts, wait_for
 from tests.trainer.commands.jobs import ROOT
 from tests.trainer.jobs import ROWS, TINY, fit
@@ -78,15 +78,6 @@ run()
 """
 
 
-def workers_of(launcher: subprocess.Popen[str]) -> dict[int, psutil.Process]:
-    """By rank."""
-    found = {}
-    for child in psutil.Process(launcher.pid).children():
-        with contextlib.suppress(psutil.Error, KeyError):  # a helper that ended meanwhile; one that is no worker
-            found[int(child.environ()["RANK"])] = child
-    return found
-
-
 def said(folder: Path) -> list[str]:
     return [line for line in (folder / "err").read_text().splitlines() if line.strip()]
 
@@ -101,7 +92,7 @@ def script(folder: Path, text: str) -> list[str]:
 def test_killed_rank_ends_the_other_with_one_line(tmp_path: Path, victim: int) -> None:
     with started(*launch(*ENDLESS), folder=tmp_path) as process:
         wait_for(lambda: num_lines(tmp_path / "run") > 5, process)
-        workers_of(process)[victim].kill()
+        workers_of(process.pid)[victim].kill()
         begin = time.monotonic()
         assert process.wait(60) == 137
     assert time.monotonic() - begin < 30
@@ -114,7 +105,7 @@ def test_killed_rank_ends_the_other_with_one_line(tmp_path: Path, victim: int) -
 def test_killed_rank_ends_one_that_hangs(tmp_path: Path) -> None:
     with started(*launch(*script(tmp_path, HANG), *ENDLESS), folder=tmp_path) as process:
         wait_for(lambda: num_lines(tmp_path / "run") == 4, process)
-        workers_of(process)[1].kill()
+        workers_of(process.pid)[1].kill()
         begin = time.monotonic()
         assert process.wait(60) == 137
     assert time.monotonic() - begin < 20, "the launcher's own patience is 30 s"
@@ -125,7 +116,7 @@ def test_killed_rank_ends_one_that_hangs(tmp_path: Path) -> None:
 def test_killed_rank_leaves_the_other_time_to_close(tmp_path: Path) -> None:
     with started(*launch(*script(tmp_path, CLOSING), *ENDLESS), folder=tmp_path) as process:
         wait_for(lambda: num_lines(tmp_path / "run") > 4, process)
-        workers_of(process)[1].kill()
+        workers_of(process.pid)[1].kill()
         assert process.wait(60) == 137
     assert (tmp_path / "closed").exists()
     [line] = said(tmp_path)
@@ -137,8 +128,8 @@ def test_killed_before_anybody_watches_is_said_by_the_launcher(tmp_path: Path, o
     path = tmp_path / "script.py"
     path.write_text(f"import os, time\ntime.sleep(60 if os.environ['RANK'] == '1' else {other_s})\n")
     with started(*launch("--script", str(path)), folder=tmp_path) as process:
-        wait_for(lambda: 1 in workers_of(process), process)
-        workers_of(process)[1].kill()
+        wait_for(lambda: 1 in workers_of(process.pid), process)
+        workers_of(process.pid)[1].kill()
         begin = time.monotonic()
         assert process.wait(60) == 137
     assert time.monotonic() - begin < 20
@@ -150,7 +141,7 @@ def test_killed_launcher_leaves_a_checkpoint_and_the_next_start_goes_on(tmp_path
     run = tmp_path / "run"
     with started(*launch(*ENDLESS), folder=tmp_path) as process:
         wait_for(lambda: num_lines(run) > 25, process)
-        workers = list(workers_of(process).values())
+        workers = list(workers_of(process.pid).values())
         process.kill()
         with started(*launch(*ENDLESS), folder=tmp_path) as again:  # at once: it waits for the orphans
             assert not psutil.wait_procs(workers, timeout=30)[1]
@@ -173,7 +164,7 @@ def test_frozen_rank_is_waited_for(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(*launch(*ENDLESS), folder=tmp_path) as process:
         wait_for(lambda: num_lines(run) > 5, process)
-        worker = workers_of(process)[1]
+        worker = workers_of(process.pid)[1]
         worker.suspend()
         time.sleep(6)
         seen = num_lines(run)

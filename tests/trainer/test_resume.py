@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_resume_last_checkpoint_is_written_before_the_last_evaluation(workers: W
     assert not answer["stopped"]
     log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert log.index("checkpoint at step 10") < log.index("val_loss")
+
+
+def test_resume_killed_in_the_removal_after_the_last_checkpoint_removes_the_rest(
+    workers: Workers, tmp_path: Path
+) -> None:
+    keys = ("checkpoint.every=3", "checkpoint.keep=2")
+    run(workers, tmp_path / "run", 2, *keys, trainer="Rows")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000009", "step-00000010"}
+    # As if it had been killed there: the manifest, which goes first, is gone.
+    shutil.copytree(checkpoints / "step-00000009", checkpoints / "step-00000006")
+    (checkpoints / "step-00000006" / "manifest.json").unlink()
+    run(workers, tmp_path / "run", 2, *keys, trainer="Rows")
+    assert {path.name for path in checkpoints.glob("step-*")} == {"step-00000009", "step-00000010"}
 
 
 @pytest.mark.parametrize("batch", [20, 6])

@@ -103,6 +103,7 @@ class Checkpointer:
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._outcome: Saved | BaseException | None = None
+        self._unswept: Manifest | None = None
 
     @property
     def address(self) -> str:
@@ -200,6 +201,11 @@ class Checkpointer:
             error, self._outcome = self._outcome, None
             raise error
 
+    def tidy(self) -> None:
+        """At the end of a run that wrote no checkpoint: the removal that a kill may have cut short."""
+        if self._unswept is not None:
+            self._sweep(self._unswept)
+
     def close(self) -> None:
         """On the way out, perhaps after an error: give a save that is under way the time to end; not collective."""
         if self._thread is not None:
@@ -238,6 +244,7 @@ class Checkpointer:
                     f"Checkpoint: {found.address} is damaged: {_first_line(error)}. Remove its folder, or name "
                     "another (resume)."
                 ) from error
+        self._unswept = found.manifest if found.store is self._found.store else None
 
     def shapes(self, found: Found) -> dict[str, tuple[int, ...]]:
         """Name and shape of each tensor of a checkpoint; not collective."""
@@ -336,6 +343,7 @@ class Checkpointer:
         """Remove what retention doesn't keep. A failure here loses nothing, and is tried again next time."""
         with contextlib.suppress(OSError, ConfigError):
             self._found.sweep(newest)
+        self._unswept = None
 
     def _discard(self, pending: _Pending) -> None:
         """What a failed save left of this rank's; a full disk has better use for the space.
