@@ -84,7 +84,7 @@ class Feed:
                 self._seconds_per_step(count),
             ],
         )  # fmt: skip
-        if self._world.size > 1 and seconds > 0:
+        if seconds > 0:
             self._at_once = max(1, int(AT_ONCE_S * self._world.size / seconds))
         stop = None
         if wishes:

@@ -14,6 +14,7 @@ import torch
 from strategies.errors import ConfigError
 from tests.trainer.data.helpers import Numbers, collate, seen
 from trainer.data import Loader, Order, evaluation_batches
+from trainer.data.base import Sample
 
 SOURCES = [(23, 2.0), (11, 1.0)]
 GLOBAL_BATCH = 12
@@ -63,6 +64,29 @@ def test_loader_position_need_not_be_a_multiple_of_the_batch() -> None:
     whole = [pair for step in global_steps(0, 3, 1, 12, 0) for pair in step]
     again = [pair for step in global_steps(7, 2, 2, 3, 0) for pair in step]
     assert again == whole[7 : 7 + 24]
+
+
+class OneBroken(Numbers):
+    """Sample 7 can't be read."""
+
+    def __getitem__(self, index: int) -> Sample:
+        if index == 7:
+            raise OSError("broken")
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_broken_sample_is_met_at_its_turn(workers: int) -> None:
+    order = Order(5, [(34, 1.0)])
+    with Loader(Numbers(34), order, collate, seed=5, global_batch=1, micro_batch=1) as loader:
+        whole = [seen(batches[0]) for batches in itertools.islice(loader.steps(0), 34)]
+    turn = next(step for step, pairs in enumerate(whole) if pairs[0][0] == 7)
+    assert turn > 1
+    with Loader(OneBroken(34), order, collate, seed=5, global_batch=1, micro_batch=1, workers=workers) as loader:
+        steps = loader.steps(0)
+        assert [seen(next(steps)[0]) for _ in range(turn)] == whole[:turn]
+        with pytest.raises(OSError, match="broken"):
+            next(steps)
 
 
 def test_loader_pointed_back_midway_gives_the_same_steps_from_the_same_workers() -> None:
