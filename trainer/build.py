@@ -18,6 +18,7 @@ from strategies.precision import Numbers, Precision
 from strategies.world import World
 from trainer.config import made
 from trainer.first_import import first_import_of
+from trainer.host_memory import keep_freed_memory
 from trainer.job import Job
 from trainer.liveness import Liveness
 from trainer.metrics.logs import LOGGER, set_up_logs
@@ -47,6 +48,8 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
     with _claimed(parts, plain, choices) as folder:
         _set_numerics(parts["precision"], config.deterministic)
         world = strategy.connect(parts["backend"])
+        if world.device.type == "cpu":
+            keep_freed_memory()
         try:
             with world.together(), folder.writing():
                 set_up_logs(folder.path, world.rank)
