@@ -34,6 +34,7 @@ Key: TypeAlias = tuple[int, int]
 """A sample's index, and the seed of whatever is random about it."""
 
 _TOGETHER, _TOGETHER_S = 16, 1e-3
+"""This process makes at most so many batches before it hands out the first, and starts none after so many seconds."""
 _DEAF_TO = {signal.SIGINT, signal.SIGTERM}
 _PRELOADED = ["numpy", "torch.utils.data"]
 
