@@ -15,6 +15,7 @@ from strategies._testing_model import (
     Job,
     Recipe,
     TinyModel,
+    fill_from_whole,
     loss,
     loss_with_auxiliary,
     make_batch,
@@ -159,19 +160,6 @@ def whole(state: State) -> Snapshot:
 def _whole_tensor(value: Tensor) -> Tensor:
     gather = getattr(value, "full_tensor", None)
     return (value if gather is None else gather()).detach().cpu().clone()
-
-
-def fill_from_whole(target: Tensor, value: Tensor) -> None:
-    """Write the part of `value` that `target` holds here."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    assert target.shape == value.shape, f"{tuple(target.shape)} in the template, {tuple(value.shape)} in the state"
-    with torch.no_grad():
-        if isinstance(target, DTensor):
-            value = value.to(target.device, target.dtype)
-            target.copy_(distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None))
-        else:
-            target.copy_(value)
 
 
 def empty_snapshot() -> Snapshot:

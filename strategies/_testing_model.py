@@ -14,7 +14,7 @@ from strategies.backends import Backend, GlooBackend
 from strategies.base import Batch, LossTerms, NamedParameters, Plan, Strategy, Weights
 from strategies.precision import Numbers, Precision
 
-GLOBAL_BATCH = 8
+GLOBAL_BATCH = 24
 LENGTH = 6
 VOCABULARY = 13
 _SEED = 7
@@ -123,11 +123,23 @@ def weights(unused: bool) -> Weights:
     def fill(module: nn.Module) -> None:
         source = make_model(unused)
         values = {**dict(source.named_parameters()), **dict(source.named_buffers())}
-        with torch.no_grad():
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-                tensor.copy_(values[name])
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            fill_from_whole(tensor, values[name].detach())
 
     return Weights(seed=_SEED, fill=fill)
+
+
+def fill_from_whole(target: Tensor, value: Tensor) -> None:
+    """Write the part of `value` that `target` holds here."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert target.shape == value.shape, f"{tuple(target.shape)} in the template, {tuple(value.shape)} in the state"
+    with torch.no_grad():
+        if isinstance(target, DTensor):
+            value = value.to(target.device, target.dtype)
+            target.copy_(distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None))
+        else:
+            target.copy_(value)
 
 
 def sample(index: int) -> tuple[Tensor, Tensor]:
@@ -136,8 +148,8 @@ def sample(index: int) -> tuple[Tensor, Tensor]:
     tokens = torch.randint(VOCABULARY, (LENGTH + 1,), generator=generator)
     labels = tokens[1:].clone()
     position = index % GLOBAL_BATCH
-    # Samples 2 and 3 count nothing: with micro-batches of two, a whole micro-batch is without weight.
-    counted = 0 if position in (2, 3) else 1 + (5 * index + position) % LENGTH
+    # With micro-batches of three and of four, a whole one is without weight.
+    counted = 0 if position in range(3, 8) else 1 + (5 * index + position) % LENGTH
     labels[counted:] = -100
     return tokens[:-1], labels
 
@@ -146,7 +158,7 @@ def make_batch(indices: range, poisoned: bool = False) -> Batch:
     """One micro-batch of these samples."""
     tokens, labels = (torch.stack(parts) for parts in zip(*map(sample, indices), strict=True))
     poison = torch.ones(len(indices))
-    if poisoned and any(index % GLOBAL_BATCH == 5 for index in indices):
+    if poisoned and any(index % GLOBAL_BATCH == 10 for index in indices):
         poison[0] = torch.nan
     return Batch(
         inputs={"tokens": tokens},

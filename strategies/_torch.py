@@ -27,7 +27,7 @@ from strategies.base import (
     Weights,
 )
 from strategies.errors import ConfigError
-from strategies.precision import Numbers
+from strategies.precision import Numbers, Precision
 from strategies.world import World
 
 
@@ -61,6 +61,10 @@ class TorchStrategy(Strategy):
     def _synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around one micro-batch: ranks exchange gradients only when `last`."""
 
+    def _global_norm(self, norm: Tensor) -> Tensor:
+        """The norm over all ranks, from that of this rank's part of the gradients."""
+        return norm
+
     @abstractmethod
     def _communication_s(self, model: nn.Module) -> float | None:
         """Exposed communication of the step just taken."""
@@ -77,7 +81,6 @@ class TorchStrategy(Strategy):
         assert self._run is not None, "setup() comes first"
         return self._run
 
-    @final
     def init_context(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -87,11 +90,7 @@ class TorchStrategy(Strategy):
     ) -> tuple[nn.Module, Optimizer]:
         device = self._connected.device
         plan.precision.check(device)
-        model = materialise(model, weights, device)
-        if plan.precision.master_dtype is torch.float64:
-            model.double()
-        if plan.compile:
-            model.compile()
+        model = self._placed(model, weights, plan)
         wrapped = self._wrap(model, plan)
         scaler = None
         if plan.precision.numbers is Numbers.fp16:
@@ -103,6 +102,13 @@ class TorchStrategy(Strategy):
         self._run = _Run(plan=plan, scaler=scaler)
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         return wrapped, make_optimizer(trained)
+
+    def _placed(self, model: nn.Module, weights: Weights, plan: Plan) -> nn.Module:
+        """`model` with its values, where this rank computes."""
+        model = materialise(model, weights, self._connected.device, plan.precision)
+        if plan.compile:
+            model.compile()
+        return model
 
     @final
     def forward_backward(
@@ -131,7 +137,6 @@ class TorchStrategy(Strategy):
             sums.add(terms, batch.num_targets)
         return sums
 
-    @final
     def evaluate(self, model: nn.Module, batch: Batch, loss_function: LossFunction) -> LossSum:
         world, batch = self._connected, self._in_master_dtype(batch)
         sums = LossSum(loss=torch.zeros((), dtype=torch.float32, device=world.device))
@@ -139,7 +144,6 @@ class TorchStrategy(Strategy):
             sums.add(loss_function(self._forward_only(model, batch), batch), batch.num_targets)
         return sums
 
-    @final
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         with torch.no_grad(), self._set_up.plan.precision.autocast(self._connected.device):
             return self._forward_only(model, self._in_master_dtype(batch))
@@ -160,8 +164,8 @@ class TorchStrategy(Strategy):
         run = self._set_up
         if run.scaler is not None:
             run.scaler.unscale_(optimizer)
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        gradients = [part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = self._global_norm(torch.nn.utils.get_total_norm(gradients))
         if run.plan.clip_norm is not None and _is_long(norm, run.plan.clip_norm):
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grads_with_norm_(parameters, run.plan.clip_norm, norm)
@@ -220,10 +224,13 @@ class TorchStrategy(Strategy):
 
     @final
     def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        if self._connected.rank != 0:
-            return {}
-        # Copied also where the model is on CPU: training goes on while somebody writes or averages this.
-        return {name: value.detach().to("cpu", copy=True) for name, value in self._bare(model).state_dict().items()}
+        full = {}
+        for name, value in self._bare(model).state_dict().items():
+            gathered = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
+            if self._connected.rank == 0:
+                # Copied also where the model is on CPU: training goes on while somebody writes or averages this.
+                full[name] = gathered.to("cpu", copy=True)
+        return full
 
     def _scaler_state(self) -> dict[str, float]:
         scaler = self._set_up.scaler
@@ -233,8 +240,14 @@ class TorchStrategy(Strategy):
         return {"scale": float(known["scale"]), "growth_tracker": float(known["_growth_tracker"])}
 
 
-def materialise(model: nn.Module, weights: Weights, device: torch.device) -> nn.Module:
-    """The model with real storage on `device`; filled from `weights` where it had none."""
+def part(tensor: Tensor) -> Tensor:
+    """What this rank holds of it."""
+    local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def materialise(model: nn.Module, weights: Weights, device: torch.device, precision: Precision) -> nn.Module:
+    """The model with real storage on `device`, in its master dtype; filled from `weights` where it had none."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         aliases = aliases_of(model)
         model.to_empty(device=device)  # gives each name storage of its own
@@ -242,8 +255,9 @@ def materialise(model: nn.Module, weights: Weights, device: torch.device) -> nn.
             module, _, attribute = alias.rpartition(".")
             setattr(model.get_submodule(module), attribute, model.get_parameter(name))
         weights.fill(model)
-        return model
-    return model.to(device)
+    else:
+        model.to(device)
+    return model.double() if precision.master_dtype is torch.float64 else model
 
 
 def aliases_of(model: nn.Module) -> dict[str, str]:

@@ -41,6 +41,8 @@ class Plan:
     precision: Precision = field(default_factory=Precision)
     compile: bool = False
     """Run the model through torch.compile."""
+    deferred: bool = False
+    """The model's first values can be made after it was built (`Weights.fill`), so that it needs no storage before."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class StrategyContract(Recipe, ABC):
     refused_sizes: ClassVar[tuple[int, ...]] = ()
     """World sizes that `connect` must refuse."""
     accumulations: ClassVar[tuple[int, ...]] = (1, 2)
-    """Micro-batches per step to try; size times accumulation must divide 8."""
+    """Micro-batches per step to try; size times accumulation must divide 24."""
     exact: ClassVar[str] = "fp64"
     """`fp64`, or `fp32` for a strategy that knows no fp64."""
     lower: ClassVar[tuple[str, ...]] = ("bf16", "fp16")

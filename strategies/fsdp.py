@@ -1,0 +1,309 @@
+"""Fully sharded data parallelism: each rank holds a part of weights, gradients and moments."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from strategies._blocks import find_blocks, with_own_parameters
+from strategies._torch import TorchStrategy, materialise
+from strategies.backends import Backend, connect_ranks
+from strategies.base import (
+    Batch,
+    Collective,
+    Footprint,
+    LossFunction,
+    LossSum,
+    ModelSpec,
+    Plan,
+    Weights,
+    WorldSpec,
+)
+from strategies.errors import ConfigError
+from strategies.world import Launch, World
+
+if TYPE_CHECKING:  # imported late, since every start reads this file
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+
+_REPLICATE, _SHARD = "replicate", "shard"
+
+
+class Sharding(Enum):
+    """What is cut, and over whom."""
+
+    full = "full"
+    """Weights, gradients and moments over all ranks; a block is gathered for its forward and again for its backward."""
+    grad_op = "grad_op"
+    """The same, but a block stays gathered between forward and backward."""
+    hybrid = "hybrid"
+    """As full, inside groups of ranks; the groups hold the same, and average their gradients."""
+    replicate = "replicate"
+    """Nothing is cut."""
+
+
+@final
+@dataclass(kw_only=True)
+class FSDPStrategy(TorchStrategy):
+    """torch's `fully_shard`.
+
+    Raises:
+        ConfigError: a setting is out of range, or two contradict each other.
+    """
+
+    sharding: Sharding = Sharding.full
+    shard_size: int | None = None
+    """hybrid: ranks of one group, over which all is cut; null: those of one machine."""
+    replicas: int | None = None
+    """hybrid: the number of groups, instead of their size."""
+    sharded_data_parallel_degree: int | None = None
+    """hybrid: `shard_size` by the name that SageMaker's model parallel library 1 gave it."""
+    hybrid_shard_degree: int | None = None
+    """hybrid: `shard_size` by the name that SageMaker's model parallel library 2 gives it."""
+    reshard_after_forward: int | None = None
+    """Between forward and backward keep a block cut over this many neighbouring ranks, so that the second gathering
+    stays among them; null: as `sharding` says."""
+    wrap: list[str] = field(default_factory=list)
+    """Class names of the blocks that are gathered one at a time; empty: those that the model names itself
+    (`_no_split_modules`), else the members of its lists of modules."""
+    wrap_parameters: int | None = None
+    """Instead of `wrap`: the smallest modules with at least this many parameters."""
+    prefetch: int = 1
+    """Blocks that are gathered ahead of the one that computes."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and moments in host memory, and step there."""
+    reduce_every_micro_batch: bool = True
+    """A rank adds up its part of the gradients; false: whole gradients, which take the memory of the whole model and
+    are reduced once per step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._mesh: DeviceMesh | None = None
+        self._parts: list[FSDPModule] = []
+        self._refuse_out_of_range()
+
+    def connect(self, backend: Backend) -> World:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        launch = Launch.from_env()
+        groups = self._groups(launch.size, launch.local_size)
+        world = connect_ranks(backend)
+        shape = {_REPLICATE: groups, _SHARD: launch.size // groups}
+        if self.sharding in (Sharding.full, Sharding.grad_op):
+            del shape[_REPLICATE]
+        self._mesh = init_device_mesh(world.device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+        self._world = world
+        return world
+
+    def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
+        number = plan.precision.master_dtype.itemsize
+        groups = self._groups(world.size, world.local_size)
+        ranks = world.size // groups
+        return Footprint(
+            weights_bytes=-(-model.num_parameters * number // ranks),
+            gradients_bytes=-(-model.num_trainable * number // ranks),
+            moments_bytes=int(-(-model.num_trainable * model.slots_per_parameter * number // ranks)),
+            activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
+            buffers_bytes=model.num_parameters * number,
+            collectives=self._collectives(model, plan, groups, ranks),
+        )
+
+    def _collectives(self, model: ModelSpec, plan: Plan, groups: int, ranks: int) -> tuple[Collective, ...]:
+        number = plan.precision.master_dtype.itemsize
+        weights, gradients = model.num_parameters * number, model.num_trainable * number
+        gathers = plan.accumulation * (1 if self.sharding is Sharding.grad_op else 2)
+        reductions = plan.accumulation if self.reduce_every_micro_batch else 1
+        found = []
+        if ranks > 1:
+            found = [
+                Collective(kind="all_gather", payload_bytes=weights, count=gathers, ranks=ranks),
+                Collective(kind="reduce_scatter", payload_bytes=gradients, count=reductions, ranks=ranks),
+            ]
+        if groups > 1:
+            found.append(Collective(kind="all_reduce", payload_bytes=gradients // ranks, count=1, ranks=groups))
+        return tuple(found)
+
+    def close(self) -> None:
+        self._world = self._run = self._mesh = None
+        self._parts = []
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # What TorchStrategy asks for.
+
+    def init_context(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
+        return torch.device("meta") if plan.deferred else contextlib.nullcontext()
+
+    def _placed(self, model: nn.Module, weights: Weights, plan: Plan) -> nn.Module:
+        from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+
+        device = self._connected.device
+        blocks = find_blocks(model, self.wrap, self.wrap_parameters)
+        if plan.compile:
+            for block in blocks or [model]:
+                block.compile()
+        offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if self.cpu_offload else OffloadPolicy()
+        reshard = self.reshard_after_forward or self.sharding is not Sharding.grad_op
+        blocks = with_own_parameters(model, blocks)  # what is tied has to be gathered together: with the rest
+        for block in blocks:
+            if not plan.compile:
+                block.register_forward_hook(_own_output)
+            fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, offload_policy=offload)
+        fully_shard(model, mesh=self._mesh, reshard_after_forward=False, offload_policy=offload)
+        self._parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
+        self._prefetch([part for part in blocks if isinstance(part, FSDPModule)])
+        model = materialise(model, weights, torch.device("cpu") if self.cpu_offload else device, plan.precision)
+        if self.cpu_offload:  # what isn't cut isn't brought along for the forward pass
+            for part in model.modules():
+                for name, buffer in part.named_buffers(recurse=False):
+                    part._buffers[name] = buffer.to(device)
+        return model
+
+    def _prefetch(self, blocks: Sequence[FSDPModule]) -> None:
+        """Explicitly, where it is more than what torch does anyway."""
+        for index, block in enumerate(blocks if self.prefetch > 1 else ()):
+            block.set_modules_to_forward_prefetch(list(blocks[index + 1 : index + 1 + self.prefetch]))
+            block.set_modules_to_backward_prefetch(list(reversed(blocks[max(0, index - self.prefetch) : index])))
+
+    def _wrap(self, model: nn.Module, plan: Plan) -> nn.Module:
+        return model
+
+    def _bare(self, model: nn.Module) -> nn.Module:
+        return model
+
+    @contextlib.contextmanager
+    def _synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
+        root = self._parts[0]
+        if self._set_up.plan.accumulation > 1:
+            root.set_is_last_backward(last)
+            root.set_requires_gradient_sync(last or self.reduce_every_micro_batch)
+            root.set_requires_all_reduce(last)
+        try:
+            yield
+        except BaseException:
+            root.reset_iter_state()
+            raise
+
+    def evaluate(self, model: nn.Module, batch: Batch, loss_function: LossFunction) -> LossSum:
+        try:
+            return super().evaluate(model, batch, loss_function)
+        finally:
+            self._cut_again()
+
+    def predict(self, model: nn.Module, batch: Batch) -> Any:
+        try:
+            return super().predict(model, batch)
+        finally:
+            self._cut_again()
+
+    def _cut_again(self) -> None:
+        """No backward pass follows that would do it."""
+        for part in self._parts:
+            part.reshard()
+
+    def _global_norm(self, norm: Tensor) -> Tensor:
+        assert self._mesh is not None
+        squared = norm.to(self._connected.device, torch.float64).square()
+        dist.all_reduce(squared, group=self._mesh.get_group(_SHARD))
+        return squared.sqrt().to(norm.device, norm.dtype)
+
+    def _communication_s(self, model: nn.Module) -> float | None:
+        return None
+
+    # Settings.
+
+    def _refuse_out_of_range(self) -> None:
+        hybrid = {
+            "shard_size": self.shard_size,
+            "replicas": self.replicas,
+            "sharded_data_parallel_degree": self.sharded_data_parallel_degree,
+            "hybrid_shard_degree": self.hybrid_shard_degree,
+        }
+        given = {key: value for key, value in hybrid.items() if value is not None}
+        for key, value in given.items():
+            if self.sharding is not Sharding.hybrid:
+                raise ConfigError(
+                    f"FSDPStrategy: {key}={value} means nothing with sharding={self.sharding.name}. "
+                    f"Leave it out, or use strategy=fsdp_hybrid (strategy.{key})."
+                )
+            if value < 1:
+                raise ConfigError(f"FSDPStrategy: {key}={value} is below 1. Count ranks (strategy.{key}).")
+        if len(given) > 1:
+            raise ConfigError(
+                f"FSDPStrategy: {' and '.join(given)} say the same thing in different words. "
+                f"Give one of them ({', '.join(f'strategy.{key}' for key in given)})."
+            )
+        if self.wrap and self.wrap_parameters is not None:
+            raise ConfigError(
+                "FSDPStrategy: wrap and wrap_parameters both say what a block is. "
+                "Give one of them (strategy.wrap, strategy.wrap_parameters)."
+            )
+        for key, least in (("wrap_parameters", 1), ("prefetch", 1), ("reshard_after_forward", 2)):
+            value = getattr(self, key)
+            if value is not None and value < least:
+                raise ConfigError(f"FSDPStrategy: {key}={value} is below {least}. Raise it (strategy.{key}).")
+        if self.reshard_after_forward is not None and self.sharding in (Sharding.grad_op, Sharding.replicate):
+            raise ConfigError(
+                f"FSDPStrategy: reshard_after_forward={self.reshard_after_forward} contradicts "
+                f"sharding={self.sharding.name}, which keeps blocks whole. Leave it out, or use strategy=fsdp_full "
+                "(strategy.reshard_after_forward)."
+            )
+
+    def _groups(self, size: int, local_size: int) -> int:
+        """How many groups hold the same.
+
+        Raises:
+            ConfigError: that many ranks can't be grouped so.
+        """
+        if self.sharding is not Sharding.hybrid:
+            ranks = 1 if self.sharding is Sharding.replicate else size
+        else:
+            ranks = self._ranks_of_group(size, local_size)
+        if (kept := self.reshard_after_forward) is not None and (ranks % kept or not 1 < kept < ranks):
+            raise ConfigError(
+                f"FSDPStrategy: reshard_after_forward={kept} doesn't divide the {ranks} ranks over which a block is "
+                f"cut. Choose {_divisors(ranks)} (strategy.reshard_after_forward)."
+            )
+        return size // ranks
+
+    def _ranks_of_group(self, size: int, local_size: int) -> int:
+        given = self.shard_size or self.sharded_data_parallel_degree or self.hybrid_shard_degree
+        if self.replicas is not None:
+            if size % self.replicas:
+                raise ConfigError(
+                    f"FSDPStrategy: replicas={self.replicas} doesn't divide the {size} ranks of this run. "
+                    f"Choose {_divisors(size, whole=True)} (strategy.replicas)."
+                )
+            return size // self.replicas
+        ranks = given or local_size
+        if size % ranks:
+            what = "shard_size" if given else "ranks of a machine: shard_size"
+            raise ConfigError(
+                f"FSDPStrategy: {what}={ranks} doesn't divide the {size} ranks of this run. "
+                f"Choose {_divisors(size, whole=True)} (strategy.shard_size)."
+            )
+        return ranks
+
+
+def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Of a block that ends in a view (a bare `nn.Linear` does): an in-place operation on a view would lose the hook
+    that gathers the block's weights for its backward pass.
+    """
+    if isinstance(output, Tensor):
+        return output.clone() if output._is_view() else output
+    if type(output) is tuple:
+        return tuple(_own_output(module, args, part) for part in output)
+    return output
+
+
+def _divisors(number: int, *, whole: bool = False) -> str:
+    """For people: the divisors of `number`, itself and 1 among them if `whole`."""
+    found = [each for each in range(1, number + 1) if number % each == 0 and (whole or 1 < each < number)]
+    return " or ".join(map(str, found)) if found else "another number of ranks"

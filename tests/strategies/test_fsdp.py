@@ -1,0 +1,196 @@
+"""What is particular to FSDP: settings, what each rank holds, and fresh weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from strategies import _testing_model as little
+from strategies._testing_jobs import Rig
+from strategies._testing_model import Job
+from strategies.backends import GlooBackend
+from strategies.base import ModelSpec, NamedParameters, Plan, Strategy, WorldSpec
+from strategies.errors import ConfigError
+from strategies.fsdp import FSDPStrategy, Sharding
+from strategies.testing import Recipe, Workers
+
+
+class Full(Recipe):
+    def make(self, *, unused: bool = False) -> Strategy:
+        return FSDPStrategy()
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"shard_size": 2}, "shard_size=2 means nothing with sharding=full"),
+        ({"sharding": Sharding.grad_op, "hybrid_shard_degree": 2}, "hybrid_shard_degree=2 means nothing"),
+        ({"sharding": Sharding.hybrid, "shard_size": 0}, "shard_size=0 is below 1"),
+        ({"sharding": Sharding.hybrid, "shard_size": 2, "replicas": 2}, "shard_size and replicas say the same"),
+        (
+            {"sharding": Sharding.hybrid, "sharded_data_parallel_degree": 2, "hybrid_shard_degree": 2},
+            "sharded_data_parallel_degree and hybrid_shard_degree say the same",
+        ),
+        ({"wrap": ["Layer"], "wrap_parameters": 10}, "wrap and wrap_parameters both"),
+        ({"wrap_parameters": 0}, "wrap_parameters=0 is below 1"),
+        ({"prefetch": 0}, "prefetch=0 is below 1"),
+        ({"reshard_after_forward": 1}, "reshard_after_forward=1 is below 2"),
+        ({"sharding": Sharding.grad_op, "reshard_after_forward": 2}, "contradicts sharding=grad_op"),
+        ({"sharding": Sharding.replicate, "reshard_after_forward": 2}, "contradicts sharding=replicate"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        FSDPStrategy(**settings)
+    assert "(strategy." in str(caught.value)
+
+
+def refused(settings: dict[str, Any]) -> str:
+    strategy = FSDPStrategy(**settings)
+    try:
+        strategy.connect(GlooBackend())
+    except ConfigError as error:
+        assert not torch.distributed.is_initialized(), "communication started before the refusal"
+        return str(error)
+    strategy.close()
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"sharding": Sharding.hybrid, "shard_size": 3}, "shard_size=3 doesn't divide the 4 ranks of this run"),
+        ({"sharding": Sharding.hybrid, "replicas": 3}, "replicas=3 doesn't divide the 4 ranks of this run"),
+        ({"reshard_after_forward": 3}, "Choose 2 (strategy.reshard_after_forward)"),
+        ({"reshard_after_forward": 4}, "Choose 2 (strategy.reshard_after_forward)"),
+    ],
+)
+def test_groups_that_the_ranks_cannot_form_are_refused(
+    workers: Workers, settings: dict[str, Any], complaint: str
+) -> None:
+    heard = workers.run(refused, 4, settings)
+    assert len(set(heard)) == 1
+    assert complaint in heard[0]
+
+
+def layout(settings: dict[str, Any]) -> list[int]:
+    strategy = FSDPStrategy(**settings)
+    strategy.connect(GlooBackend())
+    assert strategy._mesh is not None
+    found = [int(size) for size in strategy._mesh.shape]
+    strategy.close()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("settings", "shape"),
+    [
+        ({}, [4]),
+        ({"sharding": Sharding.grad_op}, [4]),
+        ({"sharding": Sharding.hybrid}, [2, 2]),  # two machines of two ranks
+        ({"sharding": Sharding.hybrid, "shard_size": 4}, [1, 4]),
+        ({"sharding": Sharding.hybrid, "replicas": 4}, [4, 1]),
+        ({"sharding": Sharding.hybrid, "sharded_data_parallel_degree": 2}, [2, 2]),
+        ({"sharding": Sharding.hybrid, "hybrid_shard_degree": 1}, [4, 1]),
+        ({"sharding": Sharding.replicate}, [4, 1]),
+    ],
+)
+def test_groups_are_as_asked_for(workers: Workers, settings: dict[str, Any], shape: list[int]) -> None:
+    assert workers.run(layout, 4, settings, local_size=2) == [shape] * 4
+
+
+class Wide(nn.Module):
+    """Large enough for sizes to be told apart from overheads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(120, 120) for _ in range(8)])
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.one_hot(tokens, 120).float()
+        for layer in self.layers:
+            hidden = hidden + layer(hidden).tanh()
+        return hidden
+
+
+def adamw(named: NamedParameters) -> AdamW:
+    return AdamW([value for _, value in named], lr=1e-3)
+
+
+def bytes_held(settings: dict[str, Any]) -> tuple[int, int, int, int]:
+    """Weights, gradients and moments that this rank's tensors take after a step; of the whole in one process."""
+    strategy = FSDPStrategy(**settings)
+    world = strategy.connect(GlooBackend())
+    plan = Plan(micro_batch=1)
+    model, optimizer = strategy.setup(Wide(), little.weights(False), adamw, plan)
+    gradients = []
+    for _ in range(2):
+        batch = little.make_batch(range(1))
+        strategy.forward_backward(model, [batch], lambda outputs, batch: little.loss(outputs, batch), 6.0)
+        gradients = [held(p.grad) for p in model.parameters() if p.grad is not None]
+        strategy.step(model, optimizer)
+    weights = [held(value) for value in model.parameters()]
+    moments = [held(value) for slots in optimizer.state.values() for value in slots.values() if value.ndim]
+    whole = sum(value.numel() * 4 for value in Wide().parameters())
+    spec = ModelSpec(num_parameters=whole // 4, num_trainable=whole // 4)
+    predicted = strategy.footprint(spec, WorldSpec(size=world.size, local_size=world.local_size), plan)
+    expected = (predicted.weights_bytes, predicted.gradients_bytes, predicted.moments_bytes)
+    for mine, wanted in zip((sum(weights), sum(gradients), sum(moments)), expected, strict=True):
+        assert abs(mine - wanted) <= 0.02 * wanted, f"{mine} bytes, {wanted} predicted"
+    strategy.close()
+    return sum(weights), sum(gradients), sum(moments), whole
+
+
+def held(tensor: Any) -> int:
+    local = tensor.to_local()
+    return int(local.numel() * local.element_size())
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_full_sharding_holds_its_share_and_what_is_predicted(workers: Workers, size: int) -> None:
+    for weights, gradients, moments, whole in workers.run(bytes_held, size, {}):
+        share = 1.05 * whole / size
+        assert weights <= share
+        assert gradients <= share
+        assert moments <= 2 * share
+
+
+def test_hybrid_sharding_holds_the_share_of_its_group(workers: Workers) -> None:
+    settings = {"sharding": Sharding.hybrid, "shard_size": 2}
+    for weights, _, _, whole in workers.run(bytes_held, 4, settings):
+        assert 0.5 * whole <= weights <= 1.05 * whole / 2
+
+
+def between_steps(job: Job) -> list[bool]:
+    """Whether parameters are cut after training, evaluation and prediction."""
+    rig = Rig(Full, job)
+    found = []
+    for act in (lambda: rig.evaluate(100), lambda: rig.strategy.predict(rig.model, rig.batches(0)[0])):
+        act()
+        found.append(all(hasattr(value, "placements") for value in rig.model.parameters()))
+    rig.strategy.close()
+    return found
+
+
+def test_parameters_are_cut_again_after_a_forward_pass_alone(workers: Workers) -> None:
+    assert workers.run(between_steps, 2, Job()) == [[True, True]] * 2
+
+
+def test_footprint_names_the_collectives_of_a_step() -> None:
+    spec = ModelSpec(num_parameters=1000, num_trainable=1000)
+    plan = replace(Plan(micro_batch=1), accumulation=3)
+
+    def kinds(**settings: Any) -> dict[str, tuple[int, int]]:
+        found = FSDPStrategy(**settings).footprint(spec, WorldSpec(size=8, local_size=4), plan).collectives
+        return {each.kind: (each.count, each.ranks) for each in found}
+
+    assert kinds() == {"all_gather": (6, 8), "reduce_scatter": (3, 8)}
+    assert kinds(reduce_every_micro_batch=False) == {"all_gather": (6, 8), "reduce_scatter": (1, 8)}
+    assert kinds(sharding=Sharding.grad_op) == {"all_gather": (3, 8), "reduce_scatter": (3, 8)}
+    assert kinds(sharding=Sharding.hybrid) == {"all_gather": (6, 4), "reduce_scatter": (3, 4), "all_reduce": (1, 2)}
+    assert kinds(sharding=Sharding.replicate) == {"all_reduce": (1, 8)}
