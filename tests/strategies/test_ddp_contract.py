@@ -8,7 +8,7 @@ from strategies.testing import StrategyContract
 
 
 class TestDDP(StrategyContract):
-    sizes = (1, 2, 4)
+    sizes = (1, 2, 3, 4)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return DDPStrategy(find_unused=unused)

@@ -12,14 +12,14 @@ class Cut(StrategyContract):
 
 
 class TestFSDPFull(Cut):
-    sizes = (1, 2, 4)
+    sizes = (1, 2, 3, 4)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(wrap=["Linear"])
 
 
 class TestFSDPGradOp(Cut):
-    sizes = (2, 4)
+    sizes = (2, 3, 4)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(sharding=Sharding.grad_op, wrap_parameters=100, reduce_every_micro_batch=False)
@@ -34,7 +34,7 @@ class TestFSDPHybrid(Cut):
 
 
 class TestFSDPReplicate(Cut):
-    sizes = (2, 4)
+    sizes = (2, 3, 4)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(sharding=Sharding.replicate)
