@@ -35,6 +35,8 @@ Key: TypeAlias = tuple[int, int]
 
 _TOGETHER, _TOGETHER_S = 16, 1e-3
 """This process makes at most so many batches before it hands out the first, and starts none after so many seconds."""
+_WRITER_ENDS_S = 5.0
+"""Nobody reads from the other end any more, so that it can't wait."""
 _DEAF_TO = {signal.SIGINT, signal.SIGTERM}
 _PRELOADED = ["numpy", "torch.utils.data"]
 
@@ -139,6 +141,11 @@ def _end(iterator: Any) -> None:
         if worker.is_alive():
             worker.kill()
         worker.join()
+    # The threads that wrote to the workers: one that let go of a queue's semaphore last, while this process ends,
+    # may be stopped between its removal and telling so, which multiprocessing's tracker then complains of.
+    for queue in getattr(iterator, "_index_queues", ()):
+        if queue._thread is not None:
+            queue._thread.join(_WRITER_ENDS_S)
 
 
 class WorkerStream(Iterable[Batch]):

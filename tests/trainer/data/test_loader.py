@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -196,6 +197,16 @@ def test_evaluation_of_nothing_gives_nothing() -> None:
     assert not list(evaluation_batches(Numbers(0), collate, micro_batch=3))
 
 
+def test_closing_leaves_no_thread_that_still_holds_a_semaphore() -> None:
+    loader = Loader(Numbers(9), Order(0, [(9, 1.0)]), collate, seed=0, global_batch=2, micro_batch=1, workers=2)
+    steps = loader.steps(0)
+    next(steps)
+    feeders = [thread for thread in threading.enumerate() if "QueueFeeder" in thread.name]
+    assert len(feeders) == 2
+    loader.close()
+    assert not any(thread.is_alive() for thread in feeders)
+
+
 SCRIPT = """
 import signal, sys, time
 from tests.trainer.data.helpers import Numbers, collate
@@ -231,7 +242,8 @@ def test_loader_workers_are_silent_on_signals_and_gone_with_their_process(
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", str(script)],
+        # An interruption may leave a socket that was just being opened to the garbage collector.
+        [sys.executable, "-W", "error", "-W", "ignore::ResourceWarning", str(script)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
