@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from strategies._blocks import find_blocks
 from strategies.base import (
     Batch,
     LossFunction,
@@ -106,6 +107,8 @@ class TorchStrategy(Strategy):
     def _placed(self, model: nn.Module, weights: Weights, plan: Plan) -> nn.Module:
         """`model` with its values, where this rank computes."""
         model = materialise(model, weights, self._connected.device, plan.precision)
+        if plan.activation_checkpointing is not None:
+            plan.activation_checkpointing.apply(find_blocks(model))
         if plan.compile:
             model.compile()
         return model

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from strategies.activations import ActivationCheckpointing
 from strategies.backends import Backend
 from strategies.precision import Precision
 from strategies.world import World
@@ -41,6 +42,8 @@ class Plan:
     precision: Precision = field(default_factory=Precision)
     compile: bool = False
     """Run the model through torch.compile."""
+    activation_checkpointing: ActivationCheckpointing | None = None
+    """Compute activations again in backward; None: keep them."""
     deferred: bool = False
     """The model's first values can be made after it was built (`Weights.fill`), so that it needs no storage before."""
 

@@ -146,9 +146,11 @@ class FSDPStrategy(TorchStrategy):
 
         device = self._connected.device
         blocks = find_blocks(model, self.wrap, self.wrap_parameters)
-        if plan.compile:
+        if plan.activation_checkpointing is not None:
+            plan.activation_checkpointing.apply(blocks)
+        if plan.compile:  # what fully_shard hangs around a block stays outside
             for block in blocks or [model]:
-                block.compile()
+                block.forward = torch.compile(block.forward)
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if self.cpu_offload else OffloadPolicy()
         reshard = self.reshard_after_forward or self.sharding is not Sharding.grad_op
         blocks = with_own_parameters(model, blocks)  # what is tied has to be gathered together: with the rest

@@ -139,6 +139,7 @@ def _plan(trainer: Trainer, job: Job, micro_batch: int, accumulation: int) -> Pl
         clip_norm=trainer.clip_norm,
         precision=job.precision,
         compile=job.compile,
+        activation_checkpointing=trainer.recomputing,
         deferred=job.model is not None,
     )
 

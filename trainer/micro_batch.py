@@ -53,7 +53,7 @@ def find_micro_batch(world: World, share: int, attempt: Callable[[int], None], r
     if seen[-1][0] == 0:
         raise ConfigError(
             "Trainer: not even one sample fits into memory. Use a smaller model or shorter samples (model, "
-            "data.length), model.activation_checkpointing=true, or a strategy that shards (strategy)."
+            "data.length), trainer.activation_checkpointing=full, or a strategy that shards (strategy)."
         )
     return seen[-1][0]
 

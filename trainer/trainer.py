@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from torch import nn
 
+from strategies.activations import COSTLY_OPERATORS, ActivationCheckpointing
 from strategies.base import Batch, LossTerms, Ratio
 from strategies.errors import ConfigError
 from trainer.data.base import Data, Sample
@@ -17,6 +18,17 @@ from trainer.job import Job
 from trainer.models.base import Task
 from trainer.session import Outcome, Session
 from trainer.stop import seconds
+
+
+class Recomputed(Enum):
+    """What a block computes again in backward, so that it needn't be kept until then."""
+
+    none = "none"
+    """Nothing: all activations are kept."""
+    full = "full"
+    """All but its inputs."""
+    selective = "selective"
+    """All but its inputs and the results of the costly operators."""
 
 
 class NonFinite(Enum):
@@ -61,6 +73,12 @@ class Trainer:
     """Samples that one rank takes at a time; null: the most that fits. Accumulation follows from it."""
     clip_norm: float | None = 1.0
     """Largest L2 norm of the gradient over all parameters and ranks; null: no clipping."""
+    activation_checkpointing: Recomputed = Recomputed.none
+    """Keep less between forward and backward: full (a third more compute), or selective (matrix products are kept)."""
+    activation_checkpointing_every: int = 1
+    """Only of every so many blocks."""
+    activation_checkpointing_keep: list[str] = field(default_factory=list)
+    """selective: operators whose results are kept, such as aten.mm, with * and ?; empty: matrix products, attention."""
     log_every: int = 10
     """Optimizer steps between logged lines."""
     eval_every: int | None = None
@@ -91,9 +109,25 @@ class Trainer:
             raise ConfigError(
                 f"Trainer: ema_decay={self.ema_decay} is not between 0 and 1. Try 0.999, or null (trainer.ema_decay)."
             )
+        self.recomputing = self._recomputing()
         seconds(self.max_time, "trainer.max_time")
         seconds(self.grace, "trainer.grace")
         self.task: Task | None = None
+
+    def _recomputing(self) -> ActivationCheckpointing | None:
+        what, every = self.activation_checkpointing, self.activation_checkpointing_every
+        keep = tuple(self.activation_checkpointing_keep)
+        selective = what is Recomputed.selective
+        for key, given, means in (("every", every != 1, what is not Recomputed.none), ("keep", bool(keep), selective)):
+            if given and not means:
+                raise ConfigError(
+                    f"Trainer: activation_checkpointing_{key} means nothing with activation_checkpointing={what.name}. "
+                    "Leave it out, or use activation_checkpointing=selective "
+                    f"(trainer.activation_checkpointing_{key})."
+                )
+        if what is Recomputed.none:
+            return None
+        return ActivationCheckpointing(every=every, keep=keep or COSTLY_OPERATORS if selective else ())
 
     # What a subclass may override.
 

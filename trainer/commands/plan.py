@@ -36,7 +36,12 @@ def main(options: Namespace) -> int:
         raise ConfigError(f"plan: --ranks={options.ranks} is below 1. Give a number of processes (--ranks).")
     config = compose(options.keys)
     spec, trainer = model_spec(config), made(config.trainer)
-    plan = Plan(micro_batch=trainer.micro_batch or 1, clip_norm=trainer.clip_norm, precision=made(config.precision))
+    plan = Plan(
+        micro_batch=trainer.micro_batch or 1,
+        clip_norm=trainer.clip_norm,
+        precision=made(config.precision),
+        activation_checkpointing=trainer.recomputing,
+    )
     world = WorldSpec(size=options.ranks, local_size=options.ranks)
     found = {
         name: made(compose(keys).strategy).footprint(spec, world, plan)

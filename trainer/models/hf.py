@@ -80,8 +80,6 @@ class HFModel(AbstractModel):
     """Classes; for classification only."""
     attention: Attention = Attention.auto
     """Implementation of attention; auto: what transformers prefers."""
-    activation_checkpointing: bool = False
-    """Keep only the inputs of layers, and compute the rest again in backward."""
     loss_chunk: int = 0
     """Positions whose logits exist at a time, for large vocabularies; 0: all at once."""
     noise: float = 0.15
@@ -328,23 +326,9 @@ class HFModel(AbstractModel):
         if self.objective is not Objective.classification:
             # With it, some models look for padding in every batch, and wait for the device, only to warn.
             model.config.pad_token_id = None
-        if self.activation_checkpointing:
-            self._checkpoint_activations(model)
         if self.loss_chunk:
             use_chunked_head(model, self.loss_chunk)
         return without_search(adapted(model, self.lora) if self.lora.rank else model)
-
-    def _checkpoint_activations(self, model: Any) -> None:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(
-                f"HFModel: {type(model).__name__} doesn't support activation checkpointing. "
-                "Switch it off (model.activation_checkpointing)."
-            )
-        options = {"use_reentrant": False}
-        if hasattr(model, "activation_checkpointing_enable"):
-            model.activation_checkpointing_enable(options)
-        else:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
     def _inspect(self, model: Any) -> None:
         """Find out on the meta device what only the finished model knows."""

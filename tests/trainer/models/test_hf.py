@@ -109,14 +109,6 @@ def test_flash_attention_without_cuda_is_refused() -> None:
         HFModel(architecture="llama", attention=Attention.flash_attention_2)
 
 
-def test_activation_checkpointing_where_a_model_has_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import LlamaForCausalLM
-
-    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
-    with pytest.raises(ConfigError, match=r"doesn't support.*\(model\.activation_checkpointing\)"):
-        HFModel(architecture="llama", activation_checkpointing=True).prepare(ByteTokenizer())
-
-
 @pytest.mark.parametrize("fields", [{"rank": -1}, {"alpha": 0.0, "rank": 1}, {"dropout": 1.0, "rank": 1}])
 def test_lora_with_value_out_of_range_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=rf"model\.lora\.{next(iter(fields))}"):
@@ -304,25 +296,6 @@ def test_lora_config_is_saved_beside_the_models(tiny: MakeTiny, tmp_path: Path) 
     tiny("llama", lora=LoRA(rank=4, target_modules=["q_proj"])).save_config(tmp_path)
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (raw["r"], raw["target_modules"]) == (4, ["q_proj"])
-
-
-@pytest.mark.parametrize("lora", [LoRA(), LoRA(rank=2)])
-def test_activation_checkpointing_changes_no_gradient_and_keeps_less(tiny: MakeTiny, lora: LoRA) -> None:
-    samples, found = plain_samples(), {}
-    for on in (False, True):
-        model = tiny("llama", activation_checkpointing=on, lora=lora)
-        module, sizes = made(model).train(), []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda value, sizes=sizes: sizes.append(value.numel()) or value, lambda value: value
-        ):
-            loss = loss_of(model, module, samples)
-        loss.backward()
-        gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
-        found[on] = (loss.item(), gradients, sum(sizes))
-    assert found[True][0] == found[False][0]
-    assert found[True][1].keys() == found[False][1].keys()
-    assert all(torch.equal(value, found[False][1][name]) for name, value in found[True][1].items())
-    assert found[True][2] < found[False][2] / 2
 
 
 def test_experts_balance_is_part_of_the_loss(tiny: MakeTiny) -> None:
