@@ -6,6 +6,7 @@ for norms, gradients clipped, a cosine rate, a line of metrics every `log_every`
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import os
@@ -25,25 +26,24 @@ def main(job: dict[str, Any]) -> None:
 
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    folder = Path(job["folder"])
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if world_size > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    folder, spread, length, size = Path(job["folder"]), job["spread"], job["length"], job["batch"]
+    if spread != "alone":
+        alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
+        dist.init_process_group("nccl" if cuda else "gloo", **alone)
     torch.manual_seed(0)
-    length = job["length"]
     core = LlamaForCausalLM(LlamaConfig(**job["model"], use_cache=False, tie_word_embeddings=False)).to(device)
-    model: torch.nn.Module = core.train()
-    if world_size > 1:
-        model = torch.nn.parallel.DistributedDataParallel(
-            core,
-            device_ids=[device] if cuda else None,
-            gradient_as_bucket_view=True,
-            static_graph=True,
-            **buffers_stay(),
-        )
+    model, cast = core.train(), job["precision"] == "bf16"
+    if spread == "sharded":
+        shard(core, job["groups"], device, cast, job["compile"])
+        cast = False  # it's done where layers are gathered
+    elif job["compile"]:
+        core.compile()
+    if spread == "replicated":
+        model = replicate(core, device)
     parameters = list(core.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": 0.1},
@@ -55,28 +55,34 @@ def main(job: dict[str, Any]) -> None:
     order = np.random.default_rng(0).permutation((len(tokens) - 1) // length)
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        start = int(order[(step * world_size + rank) % len(order)]) * length
-        row = torch.from_numpy(tokens[start : start + length + 1].astype(np.int64))
+        starts = order[((step * world_size + rank) * size + np.arange(size)) % len(order)] * length
+        rows = torch.from_numpy(np.stack([tokens[at : at + length + 1] for at in starts]).astype(np.int64))
         if cuda:
-            row = row.pin_memory().to(device, non_blocking=True)
-        return row[None, :-1], row[1:]
+            rows = rows.pin_memory().to(device, non_blocking=True)
+        return rows[:, :-1], rows[:, 1:].flatten()
 
-    marks: list[tuple[int, float, float]] = []
-    first_step_at = 0.0
+    marks, first_step_at = list[tuple[int, float, float]](), 0.0
     with (folder / f"loop-{rank}.jsonl").open("w") as log:
         for step in range(job["steps"]):
             rate = job["lr"] * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / (job["steps"] - 1))))
             for group in optimizer.param_groups:
                 group["lr"] = rate
             inputs, labels = batch(step)
-            loss = F.cross_entropy(model(input_ids=inputs).logits.flatten(0, 1), labels)
+            with torch.autocast(device.type, torch.bfloat16, enabled=cast):
+                logits = model(input_ids=inputs).logits
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels)
             loss.backward()  # type: ignore[no-untyped-call]
             norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             done = step + 1
             if done % job["log_every"] == 0 or done in (1, job["steps"]):
-                line = {"step": done, "loss": loss.item(), "grad_norm": norm.item(), "lr": rate}
+                line = {
+                    "step": done,
+                    "loss": loss.item(),
+                    "grad_norm": getattr(norm, "full_tensor", norm.clone)().item(),
+                    "lr": rate,
+                }
                 log.write(json.dumps(line) + "\n")
                 log.flush()
                 marks.append((done, time.perf_counter(), time.process_time()))
@@ -97,14 +103,33 @@ def main(job: dict[str, Any]) -> None:
     os._exit(0)  # everything is measured; to take DDP and its group down in order hangs now and then in torch 2.13
 
 
-def buffers_stay() -> dict[str, Any]:
-    """Don't send buffers around; torch 2.13 renamed the argument, and warns about the old name."""
-    import inspect
+def replicate(model: Any, device: Any) -> Any:
+    """With one copy on each rank."""
+    from torch.nn.parallel import DistributedDataParallel
 
+    known = inspect.signature(DistributedDataParallel.__init__).parameters
+    options: dict[str, Any] = {  # torch 2.13 renamed the second, and warns about the old name
+        "device_ids": [device] if device.type == "cuda" else None,
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False,
+    }
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True, **options)
+
+
+def shard(model: Any, groups: int, device: Any, bf16: bool, compiled: bool) -> None:
+    """Cut a model by layer over the ranks of each of `groups` groups."""
     import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    known = inspect.signature(torch.nn.parallel.DistributedDataParallel.__init__).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    ranks = dist.get_world_size() // groups
+    mesh = init_device_mesh(device.type, (groups, ranks) if groups > 1 else (ranks,))
+    numbers = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        if compiled:
+            layer.forward = torch.compile(layer.forward)
+        fully_shard(layer, mesh=mesh, mp_policy=numbers)
+    fully_shard(model, mesh=mesh, mp_policy=numbers, reshard_after_forward=False)
 
 
 def save(model: Any, optimizer: Any, folder: Path) -> float:

@@ -61,7 +61,12 @@ def test_page_holds_ours_against_the_mean_of_both_neighbours_and_shows_how_they_
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--model", "tyni"], "tiny"), (["--rounds", "0"], "--rounds 0"), (["--processes", "1", "-2"], "--processes -2")],
+    [
+        (["--model", "tyni"], "tiny"),
+        (["--strategy", "fsdp"], "fsdp_full"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--processes", "1", "-2"], "--processes -2"),
+    ],
 )
 def test_bench_wrong_is_refused_in_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -72,9 +77,12 @@ def test_bench_wrong_is_refused_in_one_line(words: list[str], said: str, capsys:
     assert said in line
 
 
-def test_bench_trains_the_same_job_by_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how", [["--processes", "2"], ["--processes", "2", "--strategy", "fsdp_full", "--precision", "bf16"]]
+)
+def test_bench_trains_the_same_job_by_both(tmp_path: Path, how: list[str]) -> None:
     page = tmp_path / "new" / "page.md"
-    words = ["--rounds", "1", "--model", "tiny", "--processes", "2", "--steps", "30", "--no-checkpoints"]
+    words = [*how, "--rounds", "1", "--model", "tiny", "--steps", "25", "--no-checkpoints"]
     ended = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, "--output", str(page)],
         capture_output=True, text=True, timeout=150, check=False, cwd=tmp_path,

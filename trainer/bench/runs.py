@@ -43,8 +43,10 @@ class Model:
     layers: int
     heads: int
     length: int
-    """Tokens of a sample; a rank takes one sample in a step."""
+    """Tokens of a sample."""
     steps: int
+    batch: int = 1
+    """Samples that a rank takes in a step."""
 
     @property
     def fields(self) -> dict[str, int]:
@@ -59,10 +61,37 @@ class Model:
             "max_position_embeddings": self.length,
         }
 
+    @property
+    def num_parameters(self) -> int:
+        """Those that take part in matrix products, so without the input's embedding."""
+        layer = 4 * self.hidden * self.hidden + 3 * self.hidden * self.intermediate
+        return self.layers * layer + self.vocabulary * self.hidden
+
 
 MODELS = {
     "tiny": Model(vocabulary=256, hidden=128, intermediate=344, layers=4, heads=4, length=128, steps=420),
     "small": Model(vocabulary=8192, hidden=512, intermediate=1376, layers=6, heads=8, length=256, steps=40),
+    "1b": Model(vocabulary=32000, hidden=2048, intermediate=8192, layers=16, heads=32, length=2048, steps=60, batch=4),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """The same by both sides."""
+
+    words: tuple[str, ...]
+    """In our configuration."""
+    by_hand: dict[str, Any]
+    """For `scripts/bench_loop.py`."""
+
+
+STRATEGIES = {
+    "single": Spread(words=("strategy=single",), by_hand={"spread": "alone"}),
+    "ddp": Spread(words=("strategy=ddp",), by_hand={"spread": "replicated"}),
+    "fsdp_full": Spread(words=("strategy=fsdp_full",), by_hand={"spread": "sharded", "groups": 1}),
+    "fsdp_hybrid": Spread(
+        words=("strategy=fsdp_hybrid", "strategy.replicas=2"), by_hand={"spread": "sharded", "groups": 2}
+    ),
 }
 
 
@@ -73,6 +102,15 @@ class Case:
     model: str
     processes: int
     steps: int
+    strategy: str = "ddp"
+    precision: str = "fp32"
+    compile: bool = False
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of all processes."""
+        model = MODELS[self.model]
+        return self.processes * model.batch * model.length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +213,9 @@ class Bench:
     def _train(self, case: Case, more: Sequence[str]) -> Path:
         folder, model = self._new(), MODELS[case.model]
         words = [
-            f"strategy={'single' if case.processes == 1 else 'ddp'}",
+            *STRATEGIES[case.strategy].words,
+            f"precision={case.precision}",
+            f"compile={str(case.compile).lower()}",
             "model=llama_tiny",
             *(f"++model.config.{key}={value}" for key, value in model.fields.items()),
             "data=tokens",
@@ -184,8 +224,8 @@ class Bench:
             "data.validation=0",
             f"data.length={model.length}",
             f"optimizer.lr={_LR}",
-            f"trainer.global_batch={case.processes}",
-            "trainer.micro_batch=1",
+            f"trainer.global_batch={case.processes * model.batch}",
+            f"trainer.micro_batch={model.batch}",
             "trainer.eval_every=null",
             f"trainer.log_every={_LOG_EVERY}",
             "logger=[]",
@@ -205,8 +245,12 @@ class Bench:
             "length": model.length,
             "steps": steps,
             "log_every": _LOG_EVERY,
+            "batch": model.batch,
             "lr": _LR,
             "saves": saves,
+            **STRATEGIES[case.strategy].by_hand,
+            "precision": case.precision,
+            "compile": case.compile,
         }
         self._start(case, folder, "bench_loop.py", [json.dumps(job)])
         return folder
@@ -242,7 +286,7 @@ class Bench:
         ranks = [json.loads((folder / f"clocks-{rank}.json").read_text()) for rank in range(case.processes)]
         launched = float((folder / "launched").read_text())
         shutil.rmtree(folder)
-        return taken(ranks, launched, case.processes * MODELS[case.model].length)
+        return taken(ranks, launched, case.tokens_per_step)
 
 
 def taken(ranks: Sequence[dict[str, Any]], launched: float, tokens_per_step: int) -> Taken:

@@ -14,16 +14,19 @@ from typing import Any
 
 import torch
 
+from strategies.precision import Numbers
 from trainer.bench.runs import MODELS, Case, Saves, Taken
+from trainer.metrics.throughput import peak_flops, training_flops_per_token
 
 _EXPLAINED = """\
 Both sides train the same Llama of transformers on the same bytes with AdamW (fused, no decay for norms), the gradient
-clipped to norm 1, a cosine rate and one sample per process and step; both write a line with loss, gradient norm and
-rate every 10 steps. One process: no process group. Several: DistributedDataParallel, gradients as views of buckets,
-static graph, buffers left alone. The hand-written loop (`scripts/bench_loop.py`) does that and nothing else. Ours
-(`scripts/bench_ours.py`) is `scripts/train.py` without other loggers than `metrics.jsonl`; besides, it agrees on the
-counted tokens and on stops, skips steps that aren't finite, reduces the logged loss over the ranks, keeps the step's
-times, and can be stopped and resumed.
+clipped to norm 1 and a cosine rate; both write a line with loss, gradient norm and rate every 10 steps. single: no
+process group. ddp: DistributedDataParallel, gradients as views of buckets, static graph, buffers left alone. fsdp_full,
+fsdp_hybrid: `fully_shard` by layer, the root kept gathered; in bf16 the loop casts weights when it gathers them.
+compile: the whole model, or under FSDP each layer. The hand-written loop (`scripts/bench_loop.py`) does that and
+nothing else. Ours (`scripts/bench_ours.py`) is `scripts/train.py` without other loggers than `metrics.jsonl`; besides,
+it agrees on the counted tokens and on stops, skips steps that aren't finite, reduces the logged loss over the ranks,
+keeps the step's times, and can be stopped and resumed.
 
 A round is the hand-written loop, ours, and the hand-written loop again. A ratio is ours over the mean of the two; the
 A/A ratio is the second over the first, so what it shows is the machine. CPU time is that of all processes, user and
@@ -54,9 +57,9 @@ def to_markdown(results: Sequence[Results], title: str) -> str:
     for found in results:
         model = MODELS[found.case.model]
         parts.append(
-            f"## {found.case.model}, {_processes(found.case)}\n\n"
-            f"{model.layers} layers of width {model.hidden}, {model.vocabulary} tokens, length {model.length}; "
-            f"{found.case.steps} steps, {len(found.ours)} rounds."
+            f"## {found.case.model}, {_processes(found.case)}, {_setting(found.case)}\n\n"
+            f"{model.layers} layers of width {model.hidden}, {model.vocabulary} tokens; {model.batch} samples of "
+            f"length {model.length} per process; {found.case.steps} steps, {len(found.ours)} rounds."
         )
         parts.append(_table(["", "ours", "by hand", "ours / by hand", "A/A"], _rows(found)))
         if found.waited_for is not None or found.background is not None:
@@ -86,6 +89,8 @@ def _rows(found: Results) -> list[list[str]]:
         row("start-up", "s", lambda taken: taken.startup_s, 2),
         row("peak memory", "MiB", lambda taken: taken.peak_mib, 0),
     ]
+    if (peak := _peak_flops(found.case)) is not None:
+        rows.append(row("MFU", "%", lambda taken: 100 * taken.tokens_per_s * _flops(found.case) / peak, 1))
     more = [
         o.startup_s - (b.startup_s + a.startup_s) / 2
         for o, b, a in zip(found.ours, found.before, found.after, strict=True)
@@ -129,6 +134,25 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _processes(case: Case) -> str:
     return "1 process" if case.processes == 1 else f"{case.processes} processes"
+
+
+def _setting(case: Case) -> str:
+    return f"{case.strategy}, {case.precision}{', compile' if case.compile else ''}"
+
+
+def _flops(case: Case) -> float:
+    """Per token."""
+    model = MODELS[case.model]
+    return training_flops_per_token(
+        model.num_parameters, layers=model.layers, width=model.hidden, sequence=model.length
+    )
+
+
+def _peak_flops(case: Case) -> float | None:
+    """Of all devices together."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device, Numbers[case.precision])
+    return None if peak is None else peak * case.processes
 
 
 def _hardware() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import tempfile
 import time
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SAVES = 4
-_STEPS_BETWEEN_SAVES = {"tiny": 60, "small": 10}
+_STEPS_BETWEEN_SAVES = {"tiny": 60, "small": 10, "1b": 40}
 
 
 def parser() -> Parser:
@@ -25,7 +26,19 @@ def parser() -> Parser:
     found = Parser("bench", "Train the same job with the Trainer and with a loop written by hand, in turns.")
     found.add_argument("--rounds", type=int, default=7, help="of each case (default: 7)")
     found.add_argument("--processes", type=int, nargs="+", default=[1, 2], metavar="N", help="(default: 1 2)")
-    found.add_argument("--model", nargs="+", default=["tiny", "small"], help="tiny: 0.9M parameters, small: 27.6M")
+    found.add_argument(
+        "--model",
+        nargs="+",
+        default=["tiny", "small"],
+        help="tiny: 0.9M parameters, small: 27.6M; 1b: 1.2B, for GPUs (default: tiny small)",
+    )
+    found.add_argument(
+        "--strategy",
+        nargs="+",
+        help="single, ddp, fsdp_full, fsdp_hybrid (two groups) (default: single for one process, else ddp)",
+    )
+    found.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="(default: fp32)")
+    found.add_argument("--compile", action="store_true", help="both sides through torch.compile")
     found.add_argument("--steps", type=int, help="of a run (default: by model)")
     found.add_argument("--threads", type=int, default=1, help="of torch in each process (default: 1)")
     found.add_argument("--no-checkpoints", action="store_true", help="leave out what checkpoints cost")
@@ -36,24 +49,33 @@ def parser() -> Parser:
 def main(options: Namespace) -> int:
     """Run the rounds, and print and write the tables."""
     from strategies.errors import ConfigError, nearest
-    from trainer.bench import MODELS, Bench, Case, to_json, to_markdown
+    from trainer.bench import MODELS, STRATEGIES, Bench, Case, to_json, to_markdown
 
-    for name in options.model:
-        if name not in MODELS:
-            raise ConfigError(f"bench: --model {name} is not a choice. {nearest(name, MODELS)}")
+    for key, given, known in (("model", options.model, MODELS), ("strategy", options.strategy or (), STRATEGIES)):
+        for name in given:
+            if name not in known:
+                raise ConfigError(f"bench: --{key} {name} is not a choice. {nearest(name, known)}")
     for name, value in (("rounds", options.rounds), ("steps", options.steps), ("threads", options.threads),
                         *(("processes", value) for value in options.processes)):  # fmt: skip
         if value is not None and value < 1:
             raise ConfigError(f"bench: --{name} {value} is below 1. Give a whole number from 1 on.")
     cases = [
-        Case(model=name, processes=processes, steps=options.steps or MODELS[name].steps)
+        Case(
+            model=name,
+            processes=processes,
+            steps=options.steps or MODELS[name].steps,
+            strategy=strategy,
+            precision=options.precision,
+            compile=options.compile,
+        )
         for name in options.model
         for processes in options.processes
+        for strategy in options.strategy or ["single" if processes == 1 else "ddp"]
     ]
     with tempfile.TemporaryDirectory(prefix="shardwright-bench-") as folder:
         bench = Bench(Path(folder), options.threads)
         steps = _Progress(len(cases) * (options.rounds * 3 + (0 if options.no_checkpoints else 3)) + 1)
-        steps.run("warm-up", lambda: bench.ours(Case(model=cases[0].model, processes=1, steps=2)))
+        steps.run("warm-up", lambda: bench.ours(dataclasses.replace(cases[0], steps=2)))
         results = [_measure(bench, case, options, steps) for case in cases]
     page = to_markdown(results, options.output.stem if options.output else "bench")
     print(page)
@@ -73,7 +95,7 @@ def _measure(bench: Bench, case: Case, options: Namespace, steps: _Progress) -> 
     from trainer.bench import Results
 
     found = Results(case=case)
-    name = f"{case.model}, {case.processes} processes"
+    name = f"{case.model}, {case.strategy}, {case.processes} processes"
     for number in range(1, options.rounds + 1):
         where = f"{name}, round {number}"
         found.before.append(steps.run(f"{where}, by hand", lambda: bench.loop(case)))
