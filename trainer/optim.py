@@ -45,11 +45,16 @@ class AbstractOptimizer(ABC):
             An optimizer whose groups each have `lr`, `weight_decay` and `decays` (bool).
 
         Raises:
-            ConfigError: nothing is to be trained.
+            ConfigError: nothing is to be trained; parameters are cut, and this optimizer needs whole ones.
         """
         groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
         for name, parameter in named_parameters:
             if parameter.requires_grad:
+                if not self.elementwise and _is_cut(parameter):
+                    raise ConfigError(
+                        f"{type(self).__name__}: it needs whole parameters, and this strategy cuts them. "
+                        "Use optimizer=adamw, or strategy=ddp (optimizer)."
+                    )
                 groups[self._decays(name, parameter)].append(parameter)
         if not any(groups.values()):
             raise ConfigError(
@@ -158,7 +163,8 @@ class SGDOptimizer(AbstractOptimizer):
         return 1.0 if self.momentum > 0 else 0.0
 
     def _make(self, groups: list[dict[str, Any]]) -> Optimizer:
-        fused = _fusable(groups)
+        cut = any(_is_cut(parameter) for group in groups for parameter in group["params"])
+        fused = _fusable(groups) and not cut  # torch has no fused SGD for DTensor
         return SGD(groups, lr=self.lr, momentum=self.momentum, nesterov=self.nesterov, fused=fused)
 
 
@@ -192,6 +198,10 @@ class AdafactorOptimizer(AbstractOptimizer):
 
     def _make(self, groups: list[dict[str, Any]]) -> Optimizer:
         return torch.optim.Adafactor(groups, lr=self.lr, beta2_decay=self.beta2_decay, d=self.clip_threshold)
+
+
+def _is_cut(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "placements")  # a DTensor, whose import costs more than this
 
 
 def _fusable(groups: list[dict[str, Any]]) -> bool:

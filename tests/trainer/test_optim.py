@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from torch import nn
 
 from strategies.errors import ConfigError
+from strategies.testing import Workers
+from tests.trainer.jobs import losses
+from tests.trainer.test_fit import run
 from trainer.optim import AbstractOptimizer, AdafactorOptimizer, AdamWOptimizer, SGDOptimizer
 
 ALL = (AdamWOptimizer, SGDOptimizer, AdafactorOptimizer)
@@ -121,3 +125,17 @@ def test_optimizer_with_value_out_of_range_is_refused(
     with pytest.raises(ConfigError, match=rf"optimizer\.{key}") as caught:
         kind(**fields)
     assert "\n" not in str(caught.value)
+
+
+def test_sgd_of_cut_parameters_learns_as_of_whole_ones(workers: Workers, tmp_path: Path) -> None:
+    sgd = ("optimizer=sgd", "optimizer.momentum=0.9", "optimizer.lr=0.05", "precision=fp64")
+    for strategy in ("ddp", "fsdp_full"):
+        run(workers, tmp_path / strategy, 2, f"strategy={strategy}", *sgd, trainer="Rows")
+    assert losses(tmp_path / "fsdp_full") == pytest.approx(losses(tmp_path / "ddp"), abs=1e-7)
+
+
+def test_optimizer_that_needs_whole_parameters_is_refused_where_they_are_cut(workers: Workers, tmp_path: Path) -> None:
+    keys = ("optimizer=adafactor", "strategy=fsdp_full")
+    answer = run(workers, tmp_path / "run", 2, *keys, trainer="Rows", refused=True)
+    assert answer["error"] == "ConfigError"
+    assert "it needs whole parameters, and this strategy cuts them" in answer["message"]
