@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from strategies._blocks import find_blocks, with_own_parameters
 from strategies._torch import TorchStrategy, materialise
@@ -154,9 +155,9 @@ class FSDPStrategy(TorchStrategy):
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if self.cpu_offload else OffloadPolicy()
         reshard = self.reshard_after_forward or self.sharding is not Sharding.grad_op
         blocks = with_own_parameters(model, blocks)  # what is tied has to be gathered together: with the rest
+        for part in () if plan.compile else (*blocks, model):
+            part.register_forward_hook(_own_output)
         for block in blocks:
-            if not plan.compile:
-                block.register_forward_hook(_own_output)
             fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, offload_policy=offload)
         fully_shard(model, mesh=self._mesh, reshard_after_forward=False, offload_policy=offload)
         self._parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
@@ -295,14 +296,10 @@ class FSDPStrategy(TorchStrategy):
 
 
 def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Of a block that ends in a view (a bare `nn.Linear` does): an in-place operation on a view would lose the hook
-    that gathers the block's weights for its backward pass.
+    """Of a part that ends in a view (a `nn.Linear` with a bias does): an in-place operation on a view would lose the
+    hook that gathers the part's weights for its backward pass.
     """
-    if isinstance(output, Tensor):
-        return output.clone() if output._is_view() else output
-    if type(output) is tuple:
-        return tuple(_own_output(module, args, part) for part in output)
-    return output
+    return tree_map_only(Tensor, lambda value: value.clone() if value._is_view() else value, output)
 
 
 def _divisors(number: int, *, whole: bool = False) -> str:

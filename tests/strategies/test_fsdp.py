@@ -14,7 +14,7 @@ from strategies import _testing_model as little
 from strategies._testing_jobs import Rig
 from strategies._testing_model import Job
 from strategies.backends import GlooBackend
-from strategies.base import ModelSpec, NamedParameters, Plan, Strategy, WorldSpec
+from strategies.base import Batch, LossTerms, ModelSpec, NamedParameters, Plan, Strategy, WorldSpec
 from strategies.errors import ConfigError
 from strategies.fsdp import FSDPStrategy, Sharding
 from strategies.testing import Recipe, Workers
@@ -194,3 +194,42 @@ def test_footprint_names_the_collectives_of_a_step() -> None:
     assert kinds(sharding=Sharding.grad_op) == {"all_gather": (3, 8), "reduce_scatter": (3, 8)}
     assert kinds(sharding=Sharding.hybrid) == {"all_gather": (6, 4), "reduce_scatter": (3, 4), "all_reduce": (1, 2)}
     assert kinds(sharding=Sharding.replicate) == {"all_reduce": (1, 8)}
+
+
+class Viewed(nn.Module):
+    """Its output is a view inside a dictionary, as of models of transformers with a bias in their head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"logits": self.head(x)}
+
+
+def in_place() -> list[float]:
+    """Gradient norms of a loss that changes the outputs in place, and of one that doesn't."""
+    strategy, norms = FSDPStrategy(), []
+    world = strategy.connect(GlooBackend())
+    plan = Plan(micro_batch=2)
+    batch = Batch(inputs={"x": torch.ones(2, 3, 8)}, labels=torch.zeros(2, 3), num_targets=6)
+
+    def loss(outputs: Any, batch: Batch) -> LossTerms:
+        logits = outputs["logits"]
+        return LossTerms(loss=(logits.mul_(3.0) if not norms else logits * 3.0).square().sum())
+
+    for _ in range(2):
+        torch.manual_seed(0)
+        model, optimizer = strategy.setup(
+            Viewed(), little.weights(False), lambda named: torch.optim.SGD([p for _, p in named], lr=0.1), plan
+        )
+        strategy.forward_backward(model, [batch], loss, float(6 * world.data_size))
+        norms.append(float(strategy.step(model, optimizer).grad_norm))
+    strategy.close()
+    return norms
+
+
+def test_model_that_ends_in_a_view_may_be_changed_in_place(workers: Workers) -> None:
+    for changed, kept in workers.run(in_place, 2):
+        assert changed == pytest.approx(kept)
+        assert kept > 0
