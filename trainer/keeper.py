@@ -172,10 +172,12 @@ class Keeper:
         return differences(record.config, self.job.config) if record.config else []
 
     def _restore_random(self, streams: dict[str, Tensor], record: Record, progress: Progress) -> None:
+        """A rank's own streams if there are as many ranks as there were; else all anew, by one rule for every rank."""
+        # Also first, for a device whose stream the checkpoint doesn't have: it would begin again as at step 0.
+        seed_all(derive(self.job.seed, "rank", self.job.world.data_rank, "step", progress.step))
         if streams:
             restore(streams, self.job.world.device)
             return
-        seed_all(derive(self.job.seed, "rank", self.job.world.data_rank, "step", progress.step))
         self.say(
             f"written by {record.world_size} ranks, this run has {self.job.world.size}: random streams (dropout) are "
             "derived anew from seed, rank and step"

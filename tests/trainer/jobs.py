@@ -181,12 +181,12 @@ ROWS = ("trainer.global_batch=12", "trainer.micro_batch=2", "trainer.max_steps=1
         "hooks=[]", "checkpoint.every=null", "optimizer.lr=1e-2", "model=own", "data=own")  # fmt: skip
 
 
-def fit(folder: str, overrides: list[str], trainer: str = "Trainer") -> dict[str, Any]:
+def fit(folder: str, overrides: list[str], trainer: str | type[Trainer] = "Trainer") -> dict[str, Any]:
     """One start of a run in this process; what came of it, as plain values."""
     from trainer.build import train
     from trainer.config import compose
 
-    cls = {"Trainer": Trainer, "Rows": Rows}[trainer]
+    cls = trainer if isinstance(trainer, type) else {"Trainer": Trainer, "Rows": Rows}[trainer]
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = compose([f"run.dir='{folder}'", f"cache='{Path(folder).parent}/cache'", *overrides], cls)
