@@ -71,6 +71,8 @@ class Campaign:
     tolerance: float = 0.0
     async_saves: tuple[bool, ...] = (False, True)
     """Taken in turns by the starts."""
+    places: tuple[tuple[str, int], ...] = ()
+    """Strategies and numbers of processes, in turns too; none: always `processes`, and the strategy of `words`."""
     problems: list[str] = field(default_factory=list)
     strikes: list[dict[str, Any]] = field(default_factory=list)
     _starts: int = 0
@@ -94,11 +96,15 @@ class Campaign:
         if any(fault.phase == "tokenising" for fault in faults):
             shutil.rmtree(cache, ignore_errors=True)  # as on a fresh machine
         saves = self.async_saves[self._starts % len(self.async_saves)]
+        place, processes = [], self.processes
+        if self.places:
+            strategy, processes = self.places[self._starts % len(self.places)]
+            place = [f"strategy={strategy}"]
         self._starts += 1
-        words = (*SMALL, *self.words, f"checkpoint.every={every}", f"checkpoint.async_save={saves}".lower(),
+        words = (*SMALL, *self.words, *place, f"checkpoint.every={every}", f"checkpoint.async_save={saves}".lower(),
                  f"run.dir='{run}'", f"cache='{cache}'")  # fmt: skip
         log = self.folder / f"{run.name}.log"
-        return start(words, log, faults, processes=self.processes, max_restarts=max_restarts)
+        return start(words, log, faults, processes=processes, max_restarts=max_restarts)
 
     def runs(self, faults: Sequence[Fault]) -> Iterator[tuple[Path, Fault, Ending]]:
         """Run after run, each with some of `faults`, until all have struck; each run must end like the whole one."""
@@ -210,6 +216,11 @@ def restarts(campaign: Campaign, tries: Sequence[Sequence[Fault]]) -> int:
     return campaign.result()
 
 
+def _place(text: str) -> tuple[str, int]:
+    strategy, _, processes = text.partition("@")
+    return strategy, int(processes)
+
+
 def say(text: str) -> None:
     print(text, flush=True)
 
@@ -226,6 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--async", action="store_true", dest="only_async", help="asynchronous saves only, not in turns")
     parser.add_argument("--llama", action="store_true", help="a small Llama instead of the script's own model")
     parser.add_argument("--tolerance", type=float, default=0.0, help="how far losses may differ; 0: bit for bit")
+    parser.add_argument(
+        "--places", type=_place, nargs="+", default=(), help="strategy@processes, the next one for each start"
+    )
     parser.add_argument("--faults", type=from_json, help="a plan that a campaign printed, instead of a seed")
     parser.add_argument("--folder", type=Path, help="default: a temporary one")
     options, words = parser.parse_known_args(arguments)
@@ -243,6 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes=options.processes,
         tolerance=options.tolerance,
         async_saves=(True,) if options.only_async else (False, True),
+        places=tuple(options.places),
     )
     seed, count, processes = options.seed, options.count, options.processes
     if options.what == "kills":
