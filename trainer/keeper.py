@@ -60,6 +60,7 @@ class Keeper:
             aliases=state.aliases,
             hooks={name: hook.state() for name, hook in self.job.hooks.items()},
             config=dict(self.job.config),
+            choices=dict(self.job.choices),
             local=sorted(local),
             average=self.average is not None,
             save_s=self.save_s,
@@ -169,7 +170,15 @@ class Keeper:
 
     def changes(self, record: Record) -> list[str]:
         """In the configuration since then, one line each."""
-        return differences(record.config, self.job.config) if record.config else []
+        if not record.config:
+            return []
+        now, then = self.job.choices, record.choices
+        both = now.keys() & then.keys() & set(record.config)
+        others = sorted(group for group in both if now[group] != then[group])
+        return [
+            *(f"{group}: {then[group]} -> {now[group]}" for group in others),
+            *differences(record.config, self.job.config, others),
+        ]
 
     def _restore_random(self, streams: dict[str, Tensor], record: Record, progress: Progress) -> None:
         """A rank's own streams if there are as many ranks as there were; else all anew, by one rule for every rank."""

@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -115,13 +115,21 @@ def run_name(config: Mapping[str, Any], choices: Mapping[str, str]) -> str:
     return f"{choices.get('model', 'model')}-{choices.get('data', 'data')}-{digest}"
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for each leaf that differs."""
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], groups: Collection[str] = ()) -> list[str]:
+    """`key: old -> new` for each leaf that differs.
+
+    Args:
+        old: a configuration.
+        new: another one.
+        groups: where another class was chosen: its keys aren't missed, nor news.
+    """
     before, after = dict(_leaves(old)), dict(_leaves(new))
+    shared = before.keys() & after.keys()
     return [
         f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, _ABSENT) != after.get(key, _ABSENT)
+        if key in shared or key.partition(".")[0] not in groups
     ]
 
 

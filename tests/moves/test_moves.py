@@ -185,7 +185,10 @@ def test_streams_on_another_number_of_ranks_are_derived_by_the_rule(runner: Runn
     place = at(target)
     runner.start(folder, place, *job.DROPOUT)
     said = f"written by 2 ranks, this run has {place.size}: random streams (dropout) are derived anew from seed, rank"
-    assert (folder / "logs" / "rank-0.log").read_text().count(said) == 1
+    log = (folder / "logs" / "rank-0.log").read_text()
+    assert log.count(said) == 1
+    assert ("changed since then: strategy: ddp -> fsdp_full" in log) == (place.strategy == "fsdp_full")
+    assert "strategy.bucket_mb" not in log
     for rank, seed in enumerate(runner.seeds):
         assert seed == derive(0, "rank", rank, "step", BEFORE)
 

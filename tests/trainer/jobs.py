@@ -190,7 +190,7 @@ def fit(folder: str, overrides: list[str], trainer: str | type[Trainer] = "Train
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         config = compose([f"run.dir='{folder}'", f"cache='{Path(folder).parent}/cache'", *overrides], cls)
-        outcome = train(config, {})
+        outcome = train(config, {key: value for key, _, value in (word.partition("=") for word in overrides)})
     except (ConfigError, TrainingError) as error:
         return {"error": type(error).__name__, "message": str(error)}
     finally:

@@ -161,5 +161,10 @@ def test_differences_names_each_leaf() -> None:
     assert differences(old, new) == ["a.c: 2 -> 3", "gone: 1 -> (absent)", "new: (absent) -> [1]"]
 
 
+def test_differences_of_another_choice_leave_out_the_keys_of_one_class_only() -> None:
+    old, new = {"strategy": {"both": 1, "bucket_mb": 25}}, {"strategy": {"both": 2, "wrap": ["Layer"]}, "other": 1}
+    assert differences(old, new, ["strategy"]) == ["other: (absent) -> 1", "strategy.both: 1 -> 2"]
+
+
 def test_compose_experiment_may_be_written_with_a_plus() -> None:
     assert compose(["+experiment=lora_answers"]) == compose(["experiment=lora_answers"])

@@ -100,6 +100,8 @@ class Record:
     aliases: dict[str, str] = field(default_factory=dict)
     hooks: dict[str, dict[str, Any]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    """The option chosen in each group of `config`."""
     local: list[str] = field(default_factory=list)
     """Names of the tensors that each rank kept for itself."""
     average: bool = False
