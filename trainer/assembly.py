@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -148,7 +148,13 @@ def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimize
     seed_all(job.seed)  # the same on every rank: so are the fresh weights
     with job.world.together(), job.strategy.init_context(plan):
         module = trainer.make_model() if job.model is None else job.model.make()
-    weights = Weights(seed=job.seed, fill=_no_fill) if job.model is None else job.model.weights(job.seed)
+    source = Weights(seed=job.seed, fill=_no_fill) if job.model is None else job.model.weights(job.seed)
+
+    def fill(model: nn.Module) -> None:
+        with job.world.together():  # a file that one machine lacks
+            source.fill(model)
+
+    weights = replace(source, fill=fill)
     counts = [(value.numel(), value.requires_grad) for value in module.parameters()]
     model, optimizer = job.strategy.setup(module, weights, job.optimizer.make, plan)
     seed_all(derive(job.seed, "rank", job.world.data_rank))

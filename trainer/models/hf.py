@@ -17,9 +17,10 @@ from strategies.base import Weights
 from strategies.errors import ConfigError, nearest
 from trainer.data.base import Tokenizer
 from trainer.first_import import first_import_of
+from trainer.models import pretrained
 from trainer.models.base import AbstractModel, Task
 from trainer.models.chunked import use_chunked_head
-from trainer.models.initialise import bare, copy_values, initialise, initialise_adapters
+from trainer.models.initialise import bare, initialise, initialise_adapters
 from trainer.models.library import (
     check_fields,
     check_flash,
@@ -177,12 +178,8 @@ class HFModel(AbstractModel):
                 if self.path is None:
                     initialise(model, seed)
                     return
-                # The values of a new classification head are drawn while loading.
-                with torch.random.fork_rng(devices=[]):
-                    torch.default_generator.manual_seed(seed)
-                    source = self._dress(self._load())
-                initialise_adapters(source, seed)
-                copy_values(model, source)
+                with self._refusing():
+                    pretrained.fill(model, self.path, seed, lambda: self._dress(self._load()))
 
         return Weights(seed=seed, fill=fill, folder=folder)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,12 +22,15 @@ class DrawnOnCPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Draws every random tensor whole, with CPU's generator, and puts it where it belongs.
 
     So an initialisation gives the same numbers on every device, and each rank of a sharded model
-    (DTensor) gets its part of what one process would have drawn.
+    (DTensor) gets its part of what one process would have drawn, or copied.
     """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is _aten.copy_.default and _sharded(args[0]) and not _sharded(args[1]):
+            put(args[0], args[1].expand(args[0].shape))
+            return args[0]
         if func not in _RANDOM or (args[0].device.type == "cpu" and type(args[0]) is Tensor):
             return func(*args, **(kwargs or {}))
         target = args[0]
@@ -35,6 +38,10 @@ class DrawnOnCPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
         func(drawn, *args[1:], **(kwargs or {}))
         put(target, drawn)
         return target
+
+
+def _sharded(value: Tensor) -> bool:
+    return hasattr(value, "placements")
 
 
 def put(target: Tensor, value: Tensor) -> None:
@@ -75,15 +82,44 @@ def initialise(model: nn.Module, seed: int) -> None:
             if parameter.is_floating_point():
                 parameter.fill_(float("nan"))
     with _drawing(seed):
-        base.initialize_weights()
+        _apply_rules(base)
         _reset_adapters(model)
-    _check_complete(model)
+    _check_complete(model, dict(model.named_parameters()))
 
 
 def initialise_adapters(model: nn.Module, seed: int) -> None:
     """Give only the adapters fresh values; the global random stream isn't touched."""
     with _drawing(seed):
         _reset_adapters(model)
+
+
+def initialise_rest(model: nn.Module, known: Iterable[Tensor], seed: int) -> None:
+    """Give fresh values to all that isn't `known`, and compute the buffers that aren't stored.
+
+    Args:
+        model: with storage, sharded or not; with or without adapters.
+        known: parameters and buffers of it that have their values.
+        seed: decides every other value; the global random stream isn't touched.
+
+    Raises:
+        ConfigError: the architecture says nothing of some weight that isn't known.
+    """
+    base = bare(model)
+    base.tie_weights()
+    _unmark(base)
+    _mark_aliases(base)
+    _mark_adapters(base)
+    for value in known:
+        setattr(value, _FLAG, True)
+    rest = {name: value for name, value in model.named_parameters() if not getattr(value, _FLAG, False)}
+    with torch.no_grad():
+        for value in rest.values():
+            if value.is_floating_point():
+                value.fill_(float("nan"))
+    with _drawing(seed):
+        _apply_rules(base)
+    initialise_adapters(model, seed)
+    _check_complete(model, rest)
 
 
 def copy_values(target: nn.Module, source: nn.Module) -> None:
@@ -114,6 +150,47 @@ def _drawing(seed: int) -> Iterator[None]:
             yield
     finally:
         torch.default_generator.set_state(state)
+
+
+def _apply_rules(base: Any) -> None:
+    """Let each module be initialised by the rules of the `PreTrainedModel` to which it belongs, inner ones first.
+
+    As `initialize_weights` does it; that takes a model under `fully_shard` for foreign code, and leaves modules out.
+    """
+    from transformers.initialization import guard_torch_init_functions
+
+    def visit(module: Any, rules: Callable[[nn.Module], None]) -> None:
+        rules = getattr(module, "_init_weights", rules)
+        for child in module.children():
+            visit(child, rules)
+        if not getattr(module, _FLAG, False):
+            _on_whole(rules, module)
+            setattr(module, _FLAG, True)
+
+    with torch.no_grad(), guard_torch_init_functions():
+        visit(base, base._init_weights)
+
+
+def _on_whole(rules: Callable[[nn.Module], None], module: nn.Module) -> None:
+    """Apply `rules` to `module` as if its parameters weren't sharded.
+
+    Rules may index parameters or overwrite them with plain tensors, which shards don't allow. So each rank holds the
+    whole of what belongs to one module directly (a layer's weight and bias), and keeps its part.
+    """
+    shards = {
+        name: value
+        for name, value in module.named_parameters(recurse=False)
+        if _sharded(value) and not getattr(value, _FLAG, False)
+    }
+    for name, value in shards.items():
+        whole = torch.full(value.shape, float("nan"), dtype=value.dtype)
+        module._parameters[name] = nn.Parameter(whole, requires_grad=value.requires_grad)
+    try:
+        rules(module)
+        for name, value in shards.items():
+            put(value.detach(), module.get_parameter(name).detach())
+    finally:
+        module._parameters.update(shards)
 
 
 def _reset_adapters(model: Any) -> None:
@@ -148,8 +225,8 @@ def _mark_adapters(model: Any) -> None:
                     setattr(module, _FLAG, True)
 
 
-def _check_complete(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
+def _check_complete(model: nn.Module, drawn: Mapping[str, Tensor]) -> None:
+    for name, parameter in drawn.items():
         local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
         if bool(torch.isnan(local.detach()).any()):
             raise ConfigError(

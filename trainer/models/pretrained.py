@@ -2,81 +2,201 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from trainer.models.initialise import bare
+from strategies.errors import ConfigError
+from trainer.models.initialise import bare, copy_values, initialise_adapters, initialise_rest, put
 
+_LOG = logging.getLogger("shardwright.models")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_OTHERWISE = "adapter_config.json"
+"""In a folder of adapters transformers looks for the base model elsewhere."""
 
 
-def stream(model: nn.Module, folder: Path) -> bool:
-    """Read the stored parameters and buffers into `model`, of each tensor what this rank holds.
+def fill(model: nn.Module, path: str, seed: int, load: Callable[[], nn.Module]) -> None:
+    """Give `model` the stored values: part by part where that can be done, else from the whole model.
 
     Args:
-        model: with storage, sharded or not; with or without adapters of `peft`, which stay as they are.
-        folder: of `save_pretrained`.
+        model: with storage, sharded or not; with or without adapters.
+        path: a folder of `save_pretrained`, or a name on the hub.
+        seed: of what isn't stored.
+        load: the same model, whole, as transformers loads it; adapters may have any value.
+
+    Raises:
+        ConfigError: two weights are tied in the configuration and differ in the files.
+        Exception: what `load` raises; OSError, SafetensorError: a file is missing or damaged.
+    """
+    if stream(model, path, seed):
+        return
+    if any(hasattr(value, "placements") for value in model.parameters()):
+        _LOG.warning(
+            "HFModel: every process loads the whole of %s, and keeps its part: it isn't stored as safetensors, or its "
+            "shapes aren't the model's own. Store it again with transformers' save_pretrained to avoid that.",
+            path,
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        source = load()
+    initialise_adapters(source, seed)
+    copy_values(model, source)
+
+
+def stream(model: nn.Module, path: str, seed: int) -> bool:
+    """Read the stored parameters and buffers into `model`, of each tensor what this rank holds.
+
+    Names are read as `from_pretrained` reads them: renamed, converted (experts that are stored one by one), with or
+    without the prefix of the base model, and tied ones under either name. What isn't stored (a new head, adapters,
+    rotary frequencies) has the value that it would have there after `manual_seed(seed)`.
+
+    Args:
+        model: with storage, sharded or not; with or without adapters of `peft`.
+        path: a folder of `save_pretrained`, or a name on the hub.
+        seed: of what isn't stored.
 
     Returns:
-        False, and `model` is as before: there are no safetensors, or their names and shapes aren't the model's own
-        (an older layout that transformers converts while it loads, a new head).
-    """
-    places = _places(folder)
-    targets = _targets(model)
-    if not places or not targets.keys() <= places.keys():
-        return False
-    from safetensors import safe_open
+        False, and no value was touched: there are no safetensors, or shapes aren't the model's own.
 
-    files = {path: safe_open(path, framework="pt") for path in set(places.values())}
-    if any(
-        tuple(value.shape) != tuple(files[places[name]].get_slice(name).get_shape()) for name, value in targets.items()
-    ):
+    Raises:
+        ConfigError: two weights are tied in the configuration and differ in the files.
+        OSError, SafetensorError: a file is missing or damaged.
+    """
+    files = _files(path)
+    base = bare(model)
+    base.tie_weights()
+    if not files or getattr(base.config, "quantization_config", None) is not None:
         return False
-    for name, value in targets.items():
-        _read(value, files[places[name]].get_slice(name))
+    stored = _Stored(files)
+    own = _own(base)
+    plain, converted = _matched(base, own, stored)
+    if any(stored.shape(key) != tuple(own[name].shape) for name, key in plain.items()):
+        return False
+    read: dict[int, str] = {}
+    for name, key in plain.items():
+        value = own[name]
+        if id(value) not in read:
+            stored.read(key, value)
+            read[id(value)] = name
+        elif not stored.equals(key, value):
+            raise ConfigError(
+                f"HFModel: {read[id(value)]!r} and {name!r} are one weight in {path}'s configuration and two in its "
+                "files. Train them apart (model.config.tie_word_embeddings=false)."
+            )
+    for first, conversion in converted.items():
+        for name, found in conversion.convert(first, model=base, config=base.config).items():
+            put(own[name].detach(), found[0] if isinstance(found, list) else found)
+            read[id(own[name])] = name
+    initialise_rest(model, [value for value in own.values() if id(value) in read], seed)
     return True
 
 
-def _places(folder: Path) -> dict[str, Path]:
-    """Name of each stored tensor -> its file."""
-    from safetensors import safe_open
+@final
+class _Stored:
+    """The tensors of safetensors files, which are mapped into memory and not copied."""
 
-    if (folder / _INDEX).is_file():
-        stored = json.loads((folder / _INDEX).read_text())["weight_map"]
-        return {str(name): folder / str(file) for name, file in stored.items()}
-    if not (folder / _WHOLE).is_file():
-        return {}
-    with safe_open(folder / _WHOLE, framework="pt") as file:
-        return {str(name): folder / _WHOLE for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+    def __init__(self, paths: Iterable[Path]) -> None:
+        from safetensors import safe_open
+
+        opened = [safe_open(path, framework="pt") for path in paths]
+        self.files = {str(key): file for file in opened for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self.files[key].get_slice(key).get_shape())
+
+    def whole(self, key: str) -> Tensor:
+        return self.files[key].get_slice(key)[...]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def read(self, key: str, target: Tensor) -> None:
+        """Copy what this rank holds of `target`, in its dtype."""
+        local, part = _part(target)
+        if local.numel():
+            local.copy_(self.files[key].get_slice(key)[part])
+
+    @torch.no_grad()
+    def equals(self, key: str, target: Tensor) -> bool:
+        local, part = _part(target)
+        same = not local.numel() or torch.equal(local.cpu(), self.files[key].get_slice(key)[part].to(local.dtype))
+        return bool(same)
 
 
-def _targets(model: nn.Module) -> dict[str, Tensor]:
-    """Name in the file -> what it fills; tied weights once."""
-    base: Any = bare(model)
-    aliases = set(base.get_expanded_tied_weights_keys(all_submodels=True))
-    found = {}
-    for name, value in base.state_dict(keep_vars=True).items():
-        plain = name.replace(".base_layer.", ".")
-        if plain not in aliases and not any(part.startswith("lora_") for part in name.split(".")):
-            found[plain] = value
-    return found
-
-
-@torch.no_grad()
-def _read(target: Tensor, stored: Any) -> None:
+def _part(target: Tensor) -> tuple[Tensor, Any]:
+    """What this rank holds of `target`, and where it lies in the whole."""
     if not hasattr(target, "placements"):
-        target.copy_(stored[:] if target.ndim else stored[...])
-        return
+        return target, ...
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     assert isinstance(target, DTensor)
     shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    if 0 in shape:
-        return
-    part = tuple(slice(start, start + length) for start, length in zip(offset, shape, strict=True))
-    target.to_local().copy_(stored[part])
+    return target.to_local(), tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+
+
+def _files(path: str) -> list[Path]:
+    """The safetensors that make up the model; empty: there are none, or transformers doesn't read them directly."""
+    if Path(path).is_dir():
+        folder = Path(path)
+        if (folder / _OTHERWISE).is_file():
+            return []
+        if (folder / _WHOLE).is_file():
+            return [folder / _WHOLE]
+        index = folder / _INDEX
+        return [folder / name for name in _members(index)] if index.is_file() else []
+    from transformers.utils import cached_file
+
+    def fetched(name: str) -> Path | None:
+        found = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    if fetched(_OTHERWISE) is not None:
+        return []
+    if (whole := fetched(_WHOLE)) is not None:
+        return [whole]
+    found = fetched(_INDEX)
+    return [] if found is None else [Path(cached_file(path, name)) for name in _members(found)]
+
+
+def _members(index: Path) -> list[str]:
+    return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+
+
+def _own(base: Any) -> dict[str, Tensor]:
+    """Name as in a stored model -> parameter or buffer; a tied one under each of its names, its own first."""
+    found = {}
+    for name, value in base.state_dict(keep_vars=True).items():
+        if not any(part.startswith("lora_") for part in name.split(".")):
+            found[name.replace(".base_layer.", ".")] = value
+    aliases = set(base.get_expanded_tied_weights_keys(all_submodels=True))
+    return {name: found[name] for name in sorted(found, key=lambda name: name in aliases)}
+
+
+def _matched(base: Any, own: dict[str, Tensor], stored: _Stored) -> tuple[dict[str, str], dict[str, Any]]:
+    """Own name -> stored name; and first own name -> conversion, for what isn't stored as it is used."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(base)
+    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+    converters = [each for each in mapping if isinstance(each, WeightConverter)]
+    by_pattern = {pattern: each for each in converters for pattern in each.source_patterns}
+    plain: dict[str, str] = {}
+    converted: dict[str, Any] = {}
+    for key in sorted(stored.files, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, base.base_model_prefix, own)
+        if name not in own and key in own:
+            name, pattern = key, None
+        if name not in own:
+            continue
+        if pattern is None:
+            plain[name] = key
+        else:
+            conversion = converted.setdefault(name, copy.deepcopy(by_pattern[pattern]))
+            conversion.add_tensor(name, key, pattern, lambda key=key: stored.whole(key))
+    return {name: plain[name] for name in own if name in plain}, converted
