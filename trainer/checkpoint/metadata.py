@@ -197,6 +197,7 @@ class IndexReader(FileSystemReader):
         self.fs = _Files(store)  # type: ignore[assignment]
         self.path = folder
         self._where = f"{store.address}/{folder}/.metadata"
+        self._read: Metadata | None = None
 
     def read(self, tensors: Mapping[str, Tensor]) -> None:
         """Read into `tensors`, in place."""
@@ -204,6 +205,11 @@ class IndexReader(FileSystemReader):
             dcp.load(dict(tensors), storage_reader=self, no_dist=True)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._read is None:
+            self._read = self._index()
+        return self._read
+
+    def _index(self) -> Metadata:
         try:
             with self.fs.create_stream(f"{self.path}/.metadata", "rb") as stream:
                 metadata = _Unpickler(stream).load()

@@ -31,7 +31,7 @@ class DrawnOnCPU(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.copy_.default and _sharded(args[0]) and not _sharded(args[1]):
             put(args[0], args[1].expand(args[0].shape))
             return args[0]
-        if func not in _RANDOM or (args[0].device.type == "cpu" and type(args[0]) is Tensor):
+        if func not in _RANDOM or (args[0].device.type == "cpu" and not _sharded(args[0])):
             return func(*args, **(kwargs or {}))
         target = args[0]
         drawn = torch.empty(target.shape, dtype=target.dtype, device="cpu")
@@ -44,19 +44,29 @@ def _sharded(value: Tensor) -> bool:
     return hasattr(value, "placements")
 
 
-def put(target: Tensor, value: Tensor) -> None:
-    """Copy a whole `value` into `target`, which may be sharded (each rank has the same `value`)."""
-    with torch.no_grad():
-        mesh = getattr(target, "device_mesh", None)
-        if mesh is None:
-            target.copy_(value)
-            return
-        from torch.distributed.tensor import DTensor, distribute_tensor
+def own_part(target: Tensor) -> tuple[Tensor, Any]:
+    """What this rank holds of `target`, and the index of it in the whole."""
+    if not _sharded(target):
+        return target, ...
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-        assert isinstance(target, DTensor)
-        # src_data_rank=None: every rank cuts its own part, nothing is sent.
-        moved = value.to(target.device, target.dtype)
-        target.to_local().copy_(distribute_tensor(moved, mesh, target.placements, src_data_rank=None).to_local())
+    assert isinstance(target, DTensor)
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    return target.to_local(), tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+
+
+@torch.no_grad()
+def put(target: Tensor, value: Any) -> None:
+    """Copy a whole `value` into `target`, which may be sharded (each rank has the same `value`).
+
+    Args:
+        target: a tensor of the model.
+        value: a tensor of the same shape, or what gives one when it is indexed.
+    """
+    local, part = own_part(target)
+    if local.numel():
+        local.copy_(value[part])
 
 
 def initialise(model: nn.Module, seed: int) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
-from trainer.models.initialise import bare, copy_values, initialise_adapters, initialise_rest, put
+from trainer.models.initialise import bare, copy_values, initialise_adapters, initialise_rest, own_part, put
 
 _LOG = logging.getLogger("shardwright.models")
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -82,9 +82,9 @@ def stream(model: nn.Module, path: str, seed: int) -> bool:
     for name, key in plain.items():
         value = own[name]
         if id(value) not in read:
-            stored.read(key, value)
+            put(value.detach(), stored.at(key))
             read[id(value)] = name
-        elif not stored.equals(key, value):
+        elif not _equal(value.detach(), stored.at(key)):
             raise ConfigError(
                 f"HFModel: {read[id(value)]!r} and {name!r} are one weight in {path}'s configuration and two in its "
                 "files. Train them apart (model.config.tie_word_embeddings=false)."
@@ -110,33 +110,15 @@ class _Stored:
     def shape(self, key: str) -> tuple[int, ...]:
         return tuple(self.files[key].get_slice(key).get_shape())
 
-    def whole(self, key: str) -> Tensor:
-        return self.files[key].get_slice(key)[...]  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def read(self, key: str, target: Tensor) -> None:
-        """Copy what this rank holds of `target`, in its dtype."""
-        local, part = _part(target)
-        if local.numel():
-            local.copy_(self.files[key].get_slice(key)[part])
-
-    @torch.no_grad()
-    def equals(self, key: str, target: Tensor) -> bool:
-        local, part = _part(target)
-        same = not local.numel() or torch.equal(local.cpu(), self.files[key].get_slice(key)[part].to(local.dtype))
-        return bool(same)
+    def at(self, key: str) -> Any:
+        """Gives what it is indexed with."""
+        return self.files[key].get_slice(key)
 
 
-def _part(target: Tensor) -> tuple[Tensor, Any]:
-    """What this rank holds of `target`, and where it lies in the whole."""
-    if not hasattr(target, "placements"):
-        return target, ...
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    assert isinstance(target, DTensor)
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    return target.to_local(), tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+@torch.no_grad()
+def _equal(target: Tensor, value: Any) -> bool:
+    local, part = own_part(target)
+    return not local.numel() or torch.equal(local.cpu(), value[part].to(local.dtype))
 
 
 def _files(path: str) -> list[Path]:
@@ -198,5 +180,5 @@ def _matched(base: Any, own: dict[str, Tensor], stored: _Stored) -> tuple[dict[s
             plain[name] = key
         else:
             conversion = converted.setdefault(name, copy.deepcopy(by_pattern[pattern]))
-            conversion.add_tensor(name, key, pattern, lambda key=key: stored.whole(key))
+            conversion.add_tensor(name, key, pattern, lambda key=key: stored.at(key)[...])
     return {name: plain[name] for name in own if name in plain}, converted

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors import SafetensorError
 
 from strategies.errors import ConfigError
 from strategies.testing import Workers
-from tests.trainer.jobs import ROWS, TINY, fit
+from tests.trainer.jobs import ROWS, TINY, fit, losses
 from trainer.commands.export import export
 
 T5 = ("model=t5_small", "model.config.d_model=16", "model.config.d_kv=8", "model.config.d_ff=32",
       "model.config.num_layers=2", "model.config.num_heads=2", "model.config.vocab_size=300")  # fmt: skip
 GPT2 = ("model=hf", "model.architecture=gpt2", "model.config.n_embd=16", "model.config.n_layer=2",
         "model.config.n_head=2", "model.config.n_positions=64")  # fmt: skip
+MODEL = tuple(word for word in TINY if word.startswith("model."))
 SHORT = ("trainer.max_steps=4", "trainer.eval_samples=2")
 
 
-def trained(workers: Workers, folder: Path, *overrides: str, trainer: str = "Trainer") -> None:
+def trained(workers: Workers, folder: Path, *overrides: str, trainer: str = "Trainer", size: int = 1) -> None:
     base = [word for word in TINY if not (word.startswith("model.") and any(w.startswith("model=") for w in overrides))]
     start = list(ROWS) if trainer == "Rows" else base
-    [answer] = workers.run(fit, 1, str(folder), [*start, *SHORT, *overrides], trainer)
-    assert "error" not in answer, answer
+    for answer in workers.run(fit, size, str(folder), [*start, *SHORT, *overrides], trainer):
+        assert "error" not in answer, answer
 
 
 def expected(folder: Path, kind: str = "weights") -> torch.nn.Module:
@@ -85,6 +89,96 @@ def test_export_opened_by_transformers_gives_the_same_logits(
     text = "größe = 'x'\n\t# \x00 ☃"
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == list(text.encode())
     assert opened.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("size", "overrides"),
+    [(3, ()), (2, ("model.lora.rank=2", "optimizer.lr=1e-1")), (2, GPT2)],
+    ids=["3", "2_lora", "2_tied"],
+)
+def test_export_of_a_sharded_run_in_several_files_gives_the_same_logits(
+    workers: Workers, tmp_path: Path, size: int, overrides: tuple[str, ...]
+) -> None:
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    trained(workers, tmp_path / "run", "strategy=fsdp_full", *overrides, size=size)
+    export(tmp_path / "run", tmp_path / "out", max_shard_size="10KB")
+    files = sorted((tmp_path / "out").glob("model-*.safetensors"))
+    assert len(files) > 3
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
+    for file in files:
+        held = load_file(file)
+        assert len(held) == 1 or sum(value.numel() * 4 for value in held.values()) <= 10_000
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(logits(opened), logits(expected(tmp_path / "run")), atol=1e-5)
+
+
+def test_export_stores_experts_as_others_do(workers: Workers, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    words = ("model=hf", "model.architecture=mixtral", "model.config.num_local_experts=2", *MODEL)
+    trained(workers, tmp_path / "run", *words)
+    export(tmp_path / "run", tmp_path / "out", max_shard_size="10KB")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert "model.layers.1.block_sparse_moe.experts.1.w2.weight" in index["weight_map"]
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.allclose(logits(opened), logits(expected(tmp_path / "run")), atol=1e-5)
+
+
+def test_an_exported_model_is_where_every_strategy_starts_from(workers: Workers, tmp_path: Path) -> None:
+    """The first loss of the new run is the validation loss' neighbour of the old: no step is lost on the way."""
+    trained(workers, tmp_path / "run", "strategy=fsdp_full", size=2)
+    export(tmp_path / "run", tmp_path / "out", max_shard_size="10KB")
+    base = [word for word in TINY if not word.startswith("model.")]
+    begun = [*base, *SHORT, "model=hf", f"model.path={tmp_path / 'out'}", "trainer.micro_batch=1"]
+    first = []
+    for strategy, size in (("single", 1), ("ddp", 2), ("fsdp_full", 2), ("fsdp_full", 3), ("fsdp_hybrid", 4)):
+        folder = tmp_path / f"{strategy}{size}"
+        for answer in workers.run(fit, size, str(folder), [*begun, f"strategy={strategy}"], local_size=min(size, 2)):
+            assert "error" not in answer, answer
+        first.append(losses(folder)[0])
+    assert first == pytest.approx([first[0]] * len(first), rel=1e-5)
+    fresh = losses(tmp_path / "run")
+    assert first[0] < fresh[-1] + 0.02 < fresh[0], "it starts where the other had come"
+
+
+def test_export_card_says_what_it_is(workers: Workers, tmp_path: Path) -> None:
+    trained(workers, tmp_path / "run", "trainer.ema_decay=0.9", "model.lora.rank=2", "trainer.eval_every=2")
+    export(tmp_path / "run", tmp_path / "out", average=True)
+    text = (tmp_path / "out" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llama", "shardwright"],
+    }
+    for words in ("# run", "`LlamaForCausalLM` of 13,488 parameters", "| steps | 4 |", "| global batch | 12 |"):
+        assert words in text, words
+    for words in ("LoRA of rank 2, merged", "running average", "val_loss", "AutoModelForCausalLM.from_pretrained"):
+        assert words in text, words
+    assert str(tmp_path) not in text
+
+
+def test_export_that_cannot_be_written_leaves_nothing(
+    workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(workers, tmp_path / "run")
+    (tmp_path / "out").mkdir()
+
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for size in ("", "many", "0MB", "-1GB", "5"):
+        with pytest.raises(ConfigError, match="--max-shard-size"):
+            export(tmp_path / "run", tmp_path / "out", max_shard_size=size)
+    with monkeypatch.context() as patched:
+        patched.setattr("transformers.modeling_utils.safe_save_file", full)
+        with pytest.raises(ConfigError, match="No space left on device"):
+            export(tmp_path / "run", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+    assert export(tmp_path / "run", tmp_path / "out") == 4
 
 
 def test_export_average_is_another_model(workers: Workers, tmp_path: Path) -> None:
