@@ -22,12 +22,13 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import forkserver, resource_tracker
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from strategies.base import Batch
+from strategies.errors import ConfigError
 from trainer.data.base import Collate, Sample, Samples
 
 Key: TypeAlias = tuple[int, int]
@@ -176,7 +177,7 @@ class WorkerStream(Iterable[Batch]):
             iterator = iter(self._loader)  # the same one again where workers persist
             self._end = weakref.finalize(self, _end, iterator)
             _open_streams.add(self)
-        return cast(Iterator[Batch], iterator)
+        return _as_said(iterator)
 
     def close(self) -> None:
         """End the workers; may be called twice."""
@@ -185,6 +186,14 @@ class WorkerStream(Iterable[Batch]):
 
 
 _open_streams: weakref.WeakSet[WorkerStream] = weakref.WeakSet()
+
+
+def _as_said(batches: Iterator[Any]) -> Iterator[Batch]:
+    """What a worker refused, without the traceback that torch puts around it."""
+    try:
+        yield from batches
+    except ConfigError as error:
+        raise ConfigError(str(error).rpartition("ConfigError: ")[2].strip()) from None
 
 
 class HereStream(Iterable[Batch]):

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -275,3 +276,19 @@ def group(leader: int) -> list[int]:
         if int(fields[2]) == leader and fields[0] != "Z":
             found.append(int(status.parent.name))
     return found
+
+
+def refusing(samples: list[Any], seeds: list[int]) -> Any:
+    raise ConfigError("Task: sample 3 is damaged. Mend it (data.path).")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_refusal_is_one_line_whoever_makes_the_batches(workers: int) -> None:
+    with (
+        Loader(
+            Numbers(5), Order(0, [(5, 1.0)]), refusing, seed=0, global_batch=2, micro_batch=2, workers=workers
+        ) as it,
+        pytest.raises(ConfigError) as error,
+    ):
+        next(it.steps(0))
+    assert str(error.value) == "Task: sample 3 is damaged. Mend it (data.path)."
