@@ -12,7 +12,9 @@ from trainer.data.base import Data
 from trainer.hooks.early_stopping import EarlyStopping
 from trainer.hooks.samples import TextSamples
 from trainer.job import Job
-from trainer.models.tasks import ClassificationTask, Seq2SeqTask
+from trainer.models.base import Task
+from trainer.models.images import ImageTask
+from trainer.models.tasks import AbstractClassificationTask, Seq2SeqTask
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -78,14 +80,16 @@ def refuse_misfits(trainer: Trainer, job: Job, data: Data) -> None:
         _refuse_evaluating(trainer, job)
     with job.world.together():  # whatever a sample is too long for, or lacks, is said before anything is written
         sample = data.train[0]
+        if trainer.task is not None and isinstance(sample, dict):
+            _refuse_other_kind(trainer.task, "pixels" in sample)
         trainer.collate([sample], [0])
     if trainer.task is not None and isinstance(sample, dict):
-        if data.classes and not isinstance(trainer.task, ClassificationTask):
+        if data.classes and not isinstance(trainer.task, AbstractClassificationTask):
             raise ConfigError(
                 f"Data: its {len(data.classes)} classes mean nothing to this model's objective. "
                 "Use model.objective=classification, or leave the labels out (data.label_field, model.objective)."
             )
-        if isinstance(trainer.task, ClassificationTask) and len(data.classes) > trainer.task.num_labels:
+        if isinstance(trainer.task, AbstractClassificationTask) and len(data.classes) > trainer.task.num_labels:
             raise ConfigError(
                 f"Data: there are {len(data.classes)} classes, and the model has num_labels={trainer.task.num_labels}. "
                 "Raise it (model.num_labels)."
@@ -97,6 +101,15 @@ def refuse_misfits(trainer: Trainer, job: Job, data: Data) -> None:
             )
     if job.model is not None:
         _refuse_beyond_model(job, data)
+
+
+def _refuse_other_kind(task: Task, images: bool) -> None:
+    if images is not isinstance(task, ImageTask):
+        what, others, objective = ("images", "text", "image_classification") if images else ("text", "images", "causal")
+        raise ConfigError(
+            f"Data: its samples are {what}, and this model's objective is for {others}. "
+            f"Use model.objective={objective} or other data (data, model.objective)."
+        )
 
 
 def _refuse_evaluating(trainer: Trainer, job: Job) -> None:

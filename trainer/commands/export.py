@@ -179,7 +179,9 @@ def _keep_vocabulary(record: Record, shapes: dict[str, tuple[int, ...]]) -> None
     model = _model(record, None)
     with torch.device("meta"):
         module = bare(model.make())
-    embedding = module.get_input_embeddings().weight
+    embedding = getattr(module.get_input_embeddings(), "weight", None)
+    if embedding is None:  # it reads no tokens
+        return
     name = next(name for name, value in module.named_parameters(remove_duplicate=False) if value is embedding)
     same = (key for key in shapes if key == f"weights/{name}" or key.endswith(f".{name}"))  # beside adapters: longer
     size = next((shapes[key][0] for key in same), 0)

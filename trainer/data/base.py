@@ -15,12 +15,19 @@ from strategies.base import Batch
 from strategies.world import World
 
 Sample: TypeAlias = Any
-"""What a source gives for an index. Language-model sources give a dict of numpy arrays:
+"""What a source gives for an index. Sources of text give a dict of numpy arrays:
 
 `tokens` int64 [n]; `counts` bool [n], optional: which tokens are targets (default all);
 `documents` int32 [n], optional: the number of the document that each token is from, within the sample;
 `label` int, optional: the class, for classification;
 `source_tokens` int64 [m], optional: what an encoder reads, with `tokens` as the answer.
+
+Sources of images give:
+
+`pixels` uint8 [channels, height, width], no smaller than the model takes, which has the middle of it;
+`label` int: the class;
+`crop` bool, optional: the model may have any other part, drawn from the sample's seed;
+`flip` bool, optional: it may be mirrored, drawn from the sample's seed.
 """
 
 Collate: TypeAlias = Callable[[list[Sample], list[int]], Batch]

@@ -1,4 +1,4 @@
-"""Text to numbers: bytes, or any tokenizer of `transformers`."""
+"""Text to numbers: bytes, amino acids, or any tokenizer of `transformers`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, final
 import numpy as np
 
 from strategies.errors import ConfigError
+from trainer.data.amino_acids import AminoAcidTokenizer
 from trainer.data.base import Tokenizer, Tokens
 
 
@@ -185,10 +186,14 @@ def _load(name: str) -> Any:
         ) from error
 
 
+_OWN: dict[str, type[Tokenizer]] = {"bytes": ByteTokenizer, "amino_acids": AminoAcidTokenizer}
+
+
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: `bytes`, a folder, or a name on the hub.
+    """The tokenizer called `name`: `bytes`, `amino_acids`, a folder, or a name on the hub.
 
     Raises:
         ConfigError: it can't be loaded.
     """
-    return ByteTokenizer() if name == "bytes" else HubTokenizer(name)
+    own = _OWN.get(name)
+    return HubTokenizer(name) if own is None else own()

@@ -20,28 +20,19 @@ from trainer.first_import import first_import_of
 from trainer.models import pretrained
 from trainer.models.base import AbstractModel, Task
 from trainer.models.chunked import use_chunked_head
+from trainer.models.images import Pixels
 from trainer.models.initialise import bare, initialise, initialise_adapters
 from trainer.models.library import (
     check_fields,
     check_flash,
-    first_number,
     known_positions,
     line,
     quiet,
-    sentinels,
 )
 from trainer.models.lora import LoRA, adapted, adapter_config
+from trainer.models.objectives import Objective, auto_class, make_task
 from trainer.models.packed import follows_positions, takes_pair_mask, without_search
-from trainer.models.tasks import Apart, CausalTask, ClassificationTask, MaskedTask, Seq2SeqTask
-
-
-class Objective(Enum):
-    """What the model is trained for."""
-
-    causal = "causal"
-    masked = "masked"
-    seq2seq = "seq2seq"
-    classification = "classification"
+from trainer.models.tasks import Apart
 
 
 class Attention(Enum):
@@ -51,14 +42,6 @@ class Attention(Enum):
     eager = "eager"
     sdpa = "sdpa"
     flash_attention_2 = "flash_attention_2"
-
-
-_AUTO_CLASSES = {
-    Objective.causal: "AutoModelForCausalLM",
-    Objective.masked: "AutoModelForMaskedLM",
-    Objective.seq2seq: "AutoModelForSeq2SeqLM",
-    Objective.classification: "AutoModelForSequenceClassification",
-}
 
 
 @final
@@ -72,11 +55,12 @@ class HFModel(AbstractModel):
     path: str | None = None
     """A folder with `config.json` and weights, or a name on the hub."""
     architecture: str | None = None
-    """A model type of transformers, such as llama, t5, gpt2, bert; fresh weights, no network."""
+    """A model type of transformers, such as llama, t5, gpt2, bert, vit; fresh weights, no network."""
     config: dict[str, Any] = field(default_factory=dict)
     """Fields of the model's own configuration, dropout among them; what isn't named has its default."""
     objective: Objective = Objective.causal
-    """causal: next token; masked: hidden tokens; seq2seq: an answer to what was read; classification."""
+    """causal: next token; masked: hidden tokens; seq2seq: an answer to what was read; classification: of texts;
+    image_classification."""
     num_labels: int | None = None
     """Classes; for classification only."""
     attention: Attention = Attention.auto
@@ -115,10 +99,10 @@ class HFModel(AbstractModel):
         self._limit: int | None = None
 
     def _check_classification(self) -> None:
-        classifies = self.objective is Objective.classification
+        classifies = self.objective.classifies
         if classifies and (self.num_labels is None or self.num_labels < 2):
             raise ConfigError(
-                f"HFModel: objective=classification with num_labels={self.num_labels}. "
+                f"HFModel: objective={self.objective.name} with num_labels={self.num_labels}. "
                 "Say how many classes there are, 2 or more (model.num_labels)."
             )
         if not classifies and self.num_labels is not None:
@@ -135,7 +119,7 @@ class HFModel(AbstractModel):
     def prepare(self, tokenizer: Tokenizer | None) -> None:
         with quiet(), first_import_of("transformers.modeling_utils"):
             config = self._read_config()
-            if type(config) not in _auto(self.objective)._model_mapping:
+            if type(config) not in auto_class(self.objective)._model_mapping:
                 raise ConfigError(
                     f"HFModel: {config.model_type} has no model for objective={self.objective.name}. "
                     "Choose another objective or another model (model.objective)."
@@ -148,7 +132,7 @@ class HFModel(AbstractModel):
 
     @property
     def vocabulary_size(self) -> int:
-        return int(self._settled.get_text_config().vocab_size)
+        return int(getattr(self._settled.get_text_config(), "vocab_size", 0))
 
     @property
     def positions(self) -> int | None:
@@ -185,28 +169,16 @@ class HFModel(AbstractModel):
 
     def task(self) -> Task:
         assert self._settled is not None, "prepare() comes first"
-        config, tokenizer = self._settled, self._tokenizer
-        padding = tokenizer.padding if tokenizer is not None else first_number(config, "pad_token_id", default=0)
-        limit = self._limit
-        if self.objective is Objective.classification:
-            assert self.num_labels is not None
-            return ClassificationTask(num_labels=self.num_labels, padding=padding, limit=limit)
-        shared: dict[str, Any] = {
-            "padding": padding,
-            "limit": limit,
-            "chunked": self.loss_chunk > 0,
-            "auxiliary_weight": float(getattr(config, "router_aux_loss_coef", None) or 0.0),
-            "apart": self._apart,
-        }
-        if self.objective is Objective.causal:
-            return CausalTask(**shared)
-        if self.objective is Objective.masked:
-            return self._masked_task(shared)
-        return Seq2SeqTask(
-            start=first_number(config, "decoder_start_token_id", "pad_token_id", default=padding),
-            sentinels=sentinels(self._tokenizer, self._settled.get_text_config().vocab_size),
-            share=self.noise,
-            **shared,
+        return make_task(
+            self.objective,
+            self._settled,
+            self._tokenizer,
+            limit=self._limit,
+            apart=self._apart,
+            num_labels=self.num_labels,
+            noise=self.noise,
+            chunked=self.loss_chunk > 0,
+            pixels=self._pixels(),
         )
 
     def save_config(self, folder: Path) -> None:
@@ -214,9 +186,12 @@ class HFModel(AbstractModel):
         config = copy.deepcopy(self._settled)
         if hasattr(config, "use_cache"):
             config.use_cache = True  # off only while training
-        config.architectures = [_auto(self.objective)._model_mapping[type(config)].__name__]
+        made = auto_class(self.objective)._model_mapping[type(config)]
+        config.architectures = [(made[0] if isinstance(made, list | tuple) else made).__name__]
         with quiet():
             config.save_pretrained(folder)
+            if (pixels := self._pixels()) is not None:
+                pixels.save(folder)
             if self.lora.rank:
                 adapters = adapter_config(self.lora)
                 adapters.base_model_name_or_path = self.path
@@ -258,7 +233,7 @@ class HFModel(AbstractModel):
             ) from error
 
     def _fit_vocabulary(self, config: Any, tokenizer: Tokenizer | None) -> None:
-        if tokenizer is None:
+        if tokenizer is None or self.objective is Objective.image_classification:
             return
         text, size = config.get_text_config(), tokenizer.vocabulary_size
         if self.path is None and "vocab_size" not in self.config:
@@ -302,14 +277,14 @@ class HFModel(AbstractModel):
 
         config = copy.deepcopy(self._settled)
         with no_init_weights(), self._refusing():
-            model = _auto(self.objective).from_config(config, trust_remote_code=False, **self._implementation())
+            model = auto_class(self.objective).from_config(config, trust_remote_code=False, **self._implementation())
         model.tie_weights()
         return self._dress(model)
 
     def _load(self) -> Any:
         config = copy.deepcopy(self._settled)
         with self._refusing():
-            return _auto(self.objective).from_pretrained(
+            return auto_class(self.objective).from_pretrained(
                 self.path,
                 config=config,
                 dtype=torch.float32,
@@ -341,6 +316,11 @@ class HFModel(AbstractModel):
     def _implementation(self) -> dict[str, Any]:
         return {} if self.attention is Attention.auto else {"attn_implementation": self.attention.value}
 
+    def _pixels(self) -> Pixels | None:
+        if self.objective is not Objective.image_classification:
+            return None
+        return Pixels.of(self._settled, self.path, **self._local())
+
     def _local(self) -> dict[str, Any]:
         return {"local_files_only": True} if self.path is not None and Path(self.path).is_dir() else {}
 
@@ -355,26 +335,3 @@ class HFModel(AbstractModel):
             raise ConfigError(
                 f"HFModel: {name} can't be made: {line(error)}. Correct the model's settings (model)."
             ) from error
-
-    # What a task needs.
-
-    def _masked_task(self, shared: dict[str, Any]) -> Task:
-        tokenizer = self._tokenizer
-        if tokenizer is None or tokenizer.mask is None:
-            raise ConfigError(
-                "HFModel: objective=masked needs a tokenizer with a mask token, and there is none. "
-                "Use another tokenizer or another objective (data.tokenizer, model.objective)."
-            )
-        return MaskedTask(
-            mask=tokenizer.mask,
-            vocabulary_size=tokenizer.vocabulary_size,
-            share=self.noise,
-            never=(tokenizer.boundary, tokenizer.padding),
-            **shared,
-        )
-
-
-def _auto(objective: Objective) -> Any:
-    import transformers
-
-    return getattr(transformers, _AUTO_CLASSES[objective])

@@ -217,33 +217,11 @@ class Seq2SeqTask(_TokenTask):
         return corrupt_spans(tokens, counts, seed, share=self.share, mean_span=self.mean_span, sentinels=self.sentinels)
 
 
-@final
 @dataclass(kw_only=True)
-class ClassificationTask(Task):
+class AbstractClassificationTask(Task):
     """The class of a whole sample."""
 
     num_labels: int
-    padding: int = 0
-    """Token that fills short samples."""
-    limit: int | None = None
-    """Most positions that the model knows."""
-
-    def collate(self, samples: list[Sample], seeds: list[int]) -> Batch:
-        rows = [sample["tokens"] for sample in samples]
-        for sample in samples:
-            if sample.get("label") is None or not 0 <= int(sample["label"]) < self.num_labels:
-                raise ConfigError(
-                    f"ClassificationTask: a sample has label {sample.get('label')}, and the model knows "
-                    f"{self.num_labels} classes. Use data with labels, or more of them (data, model.num_labels)."
-                )
-        lengths = [len(row) for row in rows]
-        labels = torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
-        return Batch(
-            inputs=inputs_of(rows, width_of(lengths, self.limit), self.padding),
-            labels=labels,
-            num_targets=len(rows),
-            num_tokens=sum(lengths),
-        )
 
     def loss(self, outputs: Any, batch: Batch) -> LossTerms:
         return LossTerms(loss=summed_cross_entropy(outputs.logits, batch.labels))
@@ -253,6 +231,41 @@ class ClassificationTask(Task):
         counted = batch.labels != -100
         hits = (outputs.logits.argmax(dim=-1) == batch.labels) & counted
         return {"accuracy": (hits.sum().float(), counted.sum().float())}
+
+    def labels_of(self, samples: list[Sample]) -> Tensor:
+        """int64 [samples].
+
+        Raises:
+            ConfigError: a sample has no class, or one that the model doesn't know.
+        """
+        for sample in samples:
+            if sample.get("label") is None or not 0 <= int(sample["label"]) < self.num_labels:
+                raise ConfigError(
+                    f"{type(self).__name__}: a sample has label {sample.get('label')}, and the model knows "
+                    f"{self.num_labels} classes. Use data with labels, or more of them (data, model.num_labels)."
+                )
+        return torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
+
+
+@final
+@dataclass(kw_only=True)
+class ClassificationTask(AbstractClassificationTask):
+    """The class of a text."""
+
+    padding: int = 0
+    """Token that fills short samples."""
+    limit: int | None = None
+    """Most positions that the model knows."""
+
+    def collate(self, samples: list[Sample], seeds: list[int]) -> Batch:
+        rows = [sample["tokens"] for sample in samples]
+        lengths = [len(row) for row in rows]
+        return Batch(
+            labels=self.labels_of(samples),
+            inputs=inputs_of(rows, width_of(lengths, self.limit), self.padding),
+            num_targets=len(rows),
+            num_tokens=sum(lengths),
+        )
 
 
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from trainer.data.tokenizers import ByteTokenizer
+from trainer.data.tokenizers import make_tokenizer
 from trainer.models.hf import HFModel, Objective
 
 CONF = Path(__file__).resolve().parents[3] / "conf" / "model"
@@ -26,6 +26,12 @@ SIZES = {
     "gpt_175b": 175e9,
     "gpt_1t": 1e12,
     "bert_tiny": 0.7e6,
+    "bert_large": 335e6,
+    "t5_tiny": 1.4e6,
+    "esm_tiny": 0.8e6,
+    "esm2_650m": 650e6,
+    "vit_tiny": 0.2e6,
+    "vit_large": 304e6,
 }
 
 
@@ -38,7 +44,7 @@ def read(name: str) -> HFModel:
 @pytest.mark.parametrize("name", SIZES)
 def test_named_size_has_the_parameters_of_its_name(name: str) -> None:
     model = read(name)
-    model.prepare(ByteTokenizer())
+    model.prepare(make_tokenizer("amino_acids" if model.architecture == "esm" else "bytes"))
     with torch.device("meta"):
         module = model.make()
     count = sum(value.numel() for value in module.parameters())
