@@ -49,6 +49,18 @@ def test_fill_of_a_model_built_without_storage_equals_make_bit_for_bit(tiny: Mak
     assert_same(made(model, 7), filled(model, 7))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bert"])
+def test_fill_of_a_class_that_a_strategy_has_made_equals_make(tiny: MakeTiny, architecture: str) -> None:
+    model = tiny(architecture)
+    with torch.device("meta"):
+        module = model.make()
+    for part in list(module.modules()):  # as `fully_shard` does it
+        part.__class__ = type(f"Sharded{type(part).__name__}", (type(part),), {"__module__": "torch.distributed.fsdp"})
+    module.to_empty(device="cpu")
+    model.weights(7).fill(module)
+    assert_same(made(model, 7), module)
+
+
 def test_fill_with_adapters_equals_make_bit_for_bit(tiny: MakeTiny) -> None:
     model = tiny("llama", lora=LoRA(rank=2))
     assert_same(made(model, 7), filled(model, 7))
