@@ -155,7 +155,7 @@ class FSDPStrategy(TorchStrategy):
         offload = CPUOffloadPolicy(pin_memory=device.type != "cpu") if self.cpu_offload else OffloadPolicy()
         reshard = self.reshard_after_forward or self.sharding is not Sharding.grad_op
         blocks = with_own_parameters(model, blocks)  # what is tied has to be gathered together: with the rest
-        for part in () if plan.compile else (*blocks, model):
+        for part in (*blocks, model):
             part.register_forward_hook(_own_output)
         for block in blocks:
             fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, offload_policy=offload)
