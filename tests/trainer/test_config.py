@@ -26,9 +26,10 @@ for _path in sorted(CONF.glob("*/*.yaml")):
 def test_compose_every_yaml_gives_an_object(group: str, option: str) -> None:
     file = ["data.files=[x.jsonl]"]
     needed = {"hub": ["data.path=squad"], "jsonl": file, "parquet": file, "messages": file, "hf": ["model.path=x"],
-              "text": ["data.paths=[x]"], "tokens": ["data.paths=[x]"]}.get(option, [])  # fmt: skip
+              "text": ["data.paths=[x]"], "tokens": ["data.paths=[x]"], "images": ["data.path=x"],
+              "mlm_esm_gpu": file, "vit_images_gpu": ["data.path=x"]}.get(option, [])  # fmt: skip
     choice = f"{group}=[{option}]" if group in ("logger", "hooks") else f"{group}={option}"
-    config = compose([choice, *needed] if group != "experiment" else [f"experiment={option}"])
+    config = compose([choice, *needed])
     for name in config:
         if hasattr(config[name], "keys"):
             made(config[name])
