@@ -185,6 +185,43 @@ class ModelSpec:
     slots_per_parameter: float = 2.0
     """Moments that the optimizer keeps for each trainable number."""
     activation_bytes_per_sample: int = 0
+    outline: nn.Module | None = field(default=None, compare=False, repr=False)
+    """The model on the meta device, for a strategy whose memory depends on its parts; None: taken as one piece."""
+
+    @classmethod
+    def of(cls, model: nn.Module, *, slots_per_parameter: float = 2.0) -> ModelSpec:
+        """Of a bare model, on any device; nothing of its storage is kept."""
+        counts = [(value.numel(), value.requires_grad) for value in model.parameters()]
+        return cls(
+            num_parameters=sum(count for count, _ in counts),
+            num_trainable=sum(count for count, trained in counts if trained),
+            slots_per_parameter=slots_per_parameter,
+            outline=_outline(model, {}),
+        )
+
+    @property
+    def largest_gradient(self) -> int:
+        """Numbers in the gradient of the largest parameter."""
+        trained = () if self.outline is None else (p.numel() for p in self.outline.parameters() if p.requires_grad)
+        return max(trained, default=0)
+
+
+def _outline(module: nn.Module, known: dict[int, Any]) -> Any:
+    """The same modules around the same names, their parameters without storage; `known`: id -> what stands for it."""
+    if id(module) in known:
+        return known[id(module)]
+    known[id(module)] = twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    for value in module._parameters.values():
+        if value is not None and id(value) not in known:
+            empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
+            known[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad)
+    twin.__dict__ |= {
+        "_parameters": {name: known.get(id(value)) for name, value in module._parameters.items()},
+        "_modules": {name: part and _outline(part, known) for name, part in module._modules.items()},
+        "_buffers": {},
+    }
+    return twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +253,10 @@ class Footprint:
     moments_bytes: int
     activations_bytes: int
     buffers_bytes: int
+    """The most that a step takes besides: gathered weights, gradients under way."""
     collectives: tuple[Collective, ...]
+    host_bytes: int = 0
+    """How much of all this lies in host memory instead of the device's."""
 
     @property
     def total_bytes(self) -> int:

@@ -114,7 +114,8 @@ class DDPStrategy(TorchStrategy):
             gradients_bytes=gradients,  # the buckets themselves: gradients are views of them
             moments_bytes=int(model.num_trainable * model.slots_per_parameter * number),
             activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-            buffers_bytes=0,
+            # On its way into a bucket; and what earlier micro-batches have added up outside of the buckets.
+            buffers_bytes=model.largest_gradient * number + (gradients if plan.accumulation > 1 else 0),
             collectives=(
                 Collective(
                     kind="all_reduce",

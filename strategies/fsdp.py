@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from strategies._blocks import find_blocks, with_own_parameters
+from strategies._fsdp_memory import cut, most_at_once
 from strategies._torch import TorchStrategy, materialise
 from strategies.backends import Backend, connect_ranks
 from strategies.base import (
@@ -107,13 +109,21 @@ class FSDPStrategy(TorchStrategy):
         number = plan.precision.master_dtype.itemsize
         groups = self._groups(world.size, world.local_size)
         ranks = world.size // groups
+        parts = cut(model, ranks, self.wrap, self.wrap_parameters)
+        weights, gradients = (numbers * number // ranks for numbers in (parts.weights, parts.gradients))
+        moments = int(gradients * model.slots_per_parameter)
+        kept = 1.0 if self.sharding is Sharding.grad_op else 1 / (self.reshard_after_forward or math.inf)
+        buffers = most_at_once(parts, ranks=ranks, prefetch=self.prefetch, kept=kept)
+        if plan.accumulation > 1 and not self.reduce_every_micro_batch:
+            buffers += parts.gradients - parts.gradients // ranks  # whole until they are parts
         return Footprint(
-            weights_bytes=-(-model.num_parameters * number // ranks),
-            gradients_bytes=-(-model.num_trainable * number // ranks),
-            moments_bytes=int(-(-model.num_trainable * model.slots_per_parameter * number // ranks)),
+            weights_bytes=weights,
+            gradients_bytes=gradients,
+            moments_bytes=moments,
             activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-            buffers_bytes=model.num_parameters * number,
+            buffers_bytes=buffers * number,
             collectives=self._collectives(model, plan, groups, ranks),
+            host_bytes=weights + gradients + moments if self.cpu_offload else 0,
         )
 
     def _collectives(self, model: ModelSpec, plan: Plan, groups: int, ranks: int) -> tuple[Collective, ...]:

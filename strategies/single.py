@@ -37,7 +37,7 @@ class SingleStrategy(TorchStrategy):
             gradients_bytes=model.num_trainable * number,
             moments_bytes=int(model.num_trainable * model.slots_per_parameter * number),
             activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-            buffers_bytes=0,
+            buffers_bytes=model.largest_gradient * number if plan.accumulation > 1 else 0,
             collectives=(),
         )
 

@@ -39,15 +39,14 @@ class Parts:
     """The learning rate of each parameter group, before the schedule."""
     plan: Plan
     loader: Loader
-    num_parameters: int
-    num_trainable: int
+    spec: ModelSpec
     limits: Limits
 
     def describe(self, world: World, end: str) -> str:
         """One line for the person at the terminal."""
         plan, ranks = self.plan, "rank" if world.size == 1 else "ranks"
         return (
-            f"{self.num_parameters:,} parameters ({self.num_trainable:,} trained) on {world.size} {ranks} "
+            f"{self.spec.num_parameters:,} parameters ({self.spec.num_trainable:,} trained) on {world.size} {ranks} "
             f"({world.device.type}); global batch {self.limits.global_batch} = "
             f"{world.data_size} x {plan.accumulation} x {plan.micro_batch} (ranks x accumulation x micro-batch); "
             f"{plan.precision.numbers.name}; {end}"
@@ -72,7 +71,7 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
     plan = _plan(trainer, job, micro_batch, accumulation_of(trainer.global_batch, micro_batch, job.world.data_size))
     limits = _limits(trainer, job, data)
     job.schedule.factor(0, limits.steps_in_all(Progress())[0])  # refuses now what it would refuse at the first step
-    model, optimizer, num_parameters, num_trainable = _set_up(trainer, job, plan)
+    model, optimizer, spec = _set_up(trainer, job, plan)
     loader = Loader(
         data.train,
         Order(job.seed, list(data.sources) or [(len(data.train), 1.0)]),
@@ -92,8 +91,7 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
         rates=[float(group["lr"]) for group in optimizer.param_groups],
         plan=plan,
         loader=loader,
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
+        spec=spec,
         limits=limits,
     )
 
@@ -144,7 +142,7 @@ def _plan(trainer: Trainer, job: Job, micro_batch: int, accumulation: int) -> Pl
     )
 
 
-def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimizer, int, int]:
+def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimizer, ModelSpec]:
     seed_all(job.seed)  # the same on every rank: so are the fresh weights
     with job.world.together(), job.strategy.init_context(plan):
         module = trainer.make_model() if job.model is None else job.model.make()
@@ -155,16 +153,16 @@ def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimize
             source.fill(model)
 
     weights = replace(source, fill=fill)
-    counts = [(value.numel(), value.requires_grad) for value in module.parameters()]
+    spec = ModelSpec.of(module, slots_per_parameter=job.optimizer.slots_per_parameter)
     model, optimizer = job.strategy.setup(module, weights, job.optimizer.make, plan)
     seed_all(derive(job.seed, "rank", job.world.data_rank))
-    return model, optimizer, sum(count for count, _ in counts), sum(count for count, trained in counts if trained)
+    return model, optimizer, spec
 
 
 def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: Callable[[str], None]) -> int:
     """Try sizes on the real model, without updating it."""
     plan = _plan(trainer, job, micro_batch=1, accumulation=2)  # one of two: nothing is exchanged
-    model, optimizer, num_parameters, num_trainable = _set_up(trainer, job, plan)
+    model, optimizer, spec = _set_up(trainer, job, plan)
     samples = data.train
 
     def attempt(size: int) -> None:
@@ -173,11 +171,6 @@ def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: C
         job.strategy.forward_backward(model, [batch], trainer.loss, max(batch.num_targets, 1))
         optimizer.zero_grad(set_to_none=True)
 
-    spec = ModelSpec(
-        num_parameters=num_parameters,
-        num_trainable=num_trainable,
-        slots_per_parameter=job.optimizer.slots_per_parameter,
-    )
     world = WorldSpec(size=job.world.size, local_size=job.world.local_size)
     moments = job.strategy.footprint(spec, world, plan).moments_bytes
     size = find_micro_batch(job.world, share, attempt, moments)

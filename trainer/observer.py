@@ -104,7 +104,7 @@ class Observer:
         self._step, self._under_way = progress.step, True
         self._display.set_total(total_steps, progress.step)
         self._display.start()
-        self._num_parameters, self._num_trainable = parts.num_parameters, parts.num_trainable
+        self._num_parameters, self._num_trainable = parts.spec.num_parameters, parts.spec.num_trainable
         plan = parts.plan
         self._global_batch = plan.micro_batch * plan.accumulation * self._world.data_size
         self._peak_flops = peak_flops(self._world.device, parts.plan.precision.numbers)

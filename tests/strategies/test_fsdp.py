@@ -7,14 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
-from torch.optim import AdamW
 
-from strategies import _testing_model as little
 from strategies._testing_jobs import Rig
 from strategies._testing_model import Job
 from strategies.backends import GlooBackend
-from strategies.base import Batch, LossTerms, ModelSpec, NamedParameters, Plan, Strategy, WorldSpec
+from strategies.base import Batch, LossTerms, ModelSpec, Plan, Strategy, WorldSpec
 from strategies.errors import ConfigError
 from strategies.fsdp import FSDPStrategy, Sharding
 from strategies.testing import Recipe, Workers
@@ -102,68 +99,6 @@ def layout(settings: dict[str, Any]) -> list[int]:
 )
 def test_groups_are_as_asked_for(workers: Workers, settings: dict[str, Any], shape: list[int]) -> None:
     assert workers.run(layout, 4, settings, local_size=2) == [shape] * 4
-
-
-class Wide(nn.Module):
-    """Large enough for sizes to be told apart from overheads."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(120, 120) for _ in range(8)])
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        hidden = nn.functional.one_hot(tokens, 120).float()
-        for layer in self.layers:
-            hidden = hidden + layer(hidden).tanh()
-        return hidden
-
-
-def adamw(named: NamedParameters) -> AdamW:
-    return AdamW([value for _, value in named], lr=1e-3)
-
-
-def bytes_held(settings: dict[str, Any]) -> tuple[int, int, int, int]:
-    """Weights, gradients and moments that this rank's tensors take after a step; of the whole in one process."""
-    strategy = FSDPStrategy(**settings)
-    world = strategy.connect(GlooBackend())
-    plan = Plan(micro_batch=1)
-    model, optimizer = strategy.setup(Wide(), little.weights(False), adamw, plan)
-    gradients = []
-    for _ in range(2):
-        batch = little.make_batch(range(1))
-        strategy.forward_backward(model, [batch], lambda outputs, batch: little.loss(outputs, batch), 6.0)
-        gradients = [held(p.grad) for p in model.parameters() if p.grad is not None]
-        strategy.step(model, optimizer)
-    weights = [held(value) for value in model.parameters()]
-    moments = [held(value) for slots in optimizer.state.values() for value in slots.values() if value.ndim]
-    whole = sum(value.numel() * 4 for value in Wide().parameters())
-    spec = ModelSpec(num_parameters=whole // 4, num_trainable=whole // 4)
-    predicted = strategy.footprint(spec, WorldSpec(size=world.size, local_size=world.local_size), plan)
-    expected = (predicted.weights_bytes, predicted.gradients_bytes, predicted.moments_bytes)
-    for mine, wanted in zip((sum(weights), sum(gradients), sum(moments)), expected, strict=True):
-        assert abs(mine - wanted) <= 0.02 * wanted, f"{mine} bytes, {wanted} predicted"
-    strategy.close()
-    return sum(weights), sum(gradients), sum(moments), whole
-
-
-def held(tensor: Any) -> int:
-    local = tensor.to_local()
-    return int(local.numel() * local.element_size())
-
-
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_full_sharding_holds_its_share_and_what_is_predicted(workers: Workers, size: int) -> None:
-    for weights, gradients, moments, whole in workers.run(bytes_held, size, {}):
-        share = 1.05 * whole / size
-        assert weights <= share
-        assert gradients <= share
-        assert moments <= 2 * share
-
-
-def test_hybrid_sharding_holds_the_share_of_its_group(workers: Workers) -> None:
-    settings = {"sharding": Sharding.hybrid, "shard_size": 2}
-    for weights, _, _, whole in workers.run(bytes_held, 4, settings):
-        assert 0.5 * whole <= weights <= 1.05 * whole / 2
 
 
 def between_steps(job: Job) -> list[bool]:

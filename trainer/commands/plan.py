@@ -36,8 +36,10 @@ def main(options: Namespace) -> int:
         raise ConfigError(f"plan: --ranks={options.ranks} is below 1. Give a number of processes (--ranks).")
     config = compose(options.keys)
     spec, trainer = model_spec(config), made(config.trainer)
+    micro_batch = trainer.micro_batch or 1
     plan = Plan(
-        micro_batch=trainer.micro_batch or 1,
+        micro_batch=micro_batch,
+        accumulation=max(1, trainer.global_batch // (micro_batch * options.ranks)),
         clip_norm=trainer.clip_norm,
         precision=made(config.precision),
         activation_checkpointing=trainer.recomputing,
@@ -73,12 +75,7 @@ def model_spec(config: Any) -> ModelSpec:
     model.prepare(tokenizer_of(config.data))
     with torch.device("meta"):
         module = model.make()
-    counts = [(value.numel(), value.requires_grad) for value in module.parameters()]
-    return ModelSpec(
-        num_parameters=sum(count for count, _ in counts),
-        num_trainable=sum(count for count, trained in counts if trained),
-        slots_per_parameter=made(config.optimizer).slots_per_parameter,
-    )
+    return ModelSpec.of(module, slots_per_parameter=made(config.optimizer).slots_per_parameter)
 
 
 def _candidates(keys: Sequence[str]) -> dict[str, list[str]]:
@@ -101,7 +98,8 @@ def _show(spec: ModelSpec, found: Mapping[str, Footprint], ranks: int) -> None:
         title_justify="left",
     )
     for column in ("strategy", "weights", "gradients", "moments", "buffers", "all", "sent per step"):
-        table.add_column(column, justify="left" if column == "strategy" else "right")
+        first = column == "strategy"
+        table.add_column(column, justify="left" if first else "right", no_wrap=first)
     for name, it in found.items():
         sent = sum(collective.payload_bytes * collective.count for collective in it.collectives)
         amounts = (it.weights_bytes, it.gradients_bytes, it.moments_bytes, it.buffers_bytes, it.total_bytes, sent)
