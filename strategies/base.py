@@ -368,7 +368,11 @@ class Strategy(ABC):
 
     @abstractmethod
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
-        """Predicted bytes on one rank and collectives of one step."""
+        """Predicted bytes on one rank and collectives of one step.
+
+        Raises:
+            ConfigError: it can't run on that many ranks.
+        """
 
     @abstractmethod
     def close(self) -> None:

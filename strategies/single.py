@@ -31,6 +31,8 @@ class SingleStrategy(TorchStrategy):
         return self._world
 
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
+        if world.size != 1:
+            raise ConfigError(f"SingleStrategy: strategy=single can't run as {world.size} processes (strategy).")
         number = plan.precision.master_dtype.itemsize
         return Footprint(
             weights_bytes=model.num_parameters * number,

@@ -23,6 +23,7 @@ from trainer.micro_batch import find_micro_batch
 from trainer.place import at_home
 from trainer.progress import Progress
 from trainer.random_state import derive, seed_all
+from trainer.shortage import told
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
@@ -154,7 +155,8 @@ def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimize
 
     weights = replace(source, fill=fill)
     spec = ModelSpec.of(module, slots_per_parameter=job.optimizer.slots_per_parameter)
-    model, optimizer = job.strategy.setup(module, weights, job.optimizer.make, plan)
+    with told(lambda: None, spec, plan):
+        model, optimizer = job.strategy.setup(module, weights, job.optimizer.make, plan)
     seed_all(derive(job.seed, "rank", job.world.data_rank))
     return model, optimizer, spec
 
@@ -208,6 +210,6 @@ def _tokens_per_sample(trainer: Trainer, job: Job, data: Data) -> float:
 
 def _no_fill(model: torch.nn.Module) -> None:
     raise ConfigError(
-        f"Trainer: this strategy builds models without storage, and {type(model).__name__} doesn't say how to fill "
-        "them. Use strategy=ddp, or a model of the model group (strategy, model)."
+        f"Trainer: {type(model).__name__} was built without storage, and nothing says how to fill it. Give it storage "
+        "in make_model, use a model of the model group, or a strategy that builds models plainly (model, strategy)."
     )

@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from strategies.base import Strategy
 from strategies.errors import ConfigError, TrainingError
 from strategies.precision import Numbers, Precision
-from strategies.world import World
-from trainer.config import made
+from trainer.config import each_of, made
 from trainer.first_import import first_import_of
 from trainer.host_memory import keep_freed_memory
 from trainer.job import Job
@@ -25,6 +24,7 @@ from trainer.metrics.logs import LOGGER, set_up_logs
 from trainer.run_folder import RunFolder, run_name
 from trainer.secrets import learn, redacted
 from trainer.session import Outcome
+from trainer.shortage import Others, OutOfMemoryError, advice, is_shortage, let_go, out_of_memory
 from trainer.trainer import Trainer
 
 
@@ -72,7 +72,7 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
                 config=redacted(plain),
                 choices=choices,
             )
-            with Liveness(world, folder.path, folder.number) as liveness, _one_traceback(world, folder, liveness):
+            with Liveness(world, folder.path, folder.number) as liveness, _one_traceback(job, folder, liveness):
                 return trainer.fit(job)
         finally:
             strategy.close()
@@ -89,27 +89,32 @@ def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, st
 
 
 @contextmanager
-def _one_traceback(world: World, folder: RunFolder, liveness: Liveness) -> Iterator[None]:
+def _one_traceback(job: Job, folder: RunFolder, liveness: Liveness) -> Iterator[None]:
     """The first rank that fails shows why; the others, who fail for want of it, say only who that was.
 
     Raises:
         TrainingError: another rank failed first, with something that nobody expected; or it is gone; or memory
             ran out.
     """
+    world = job.world
     try:
         yield
     except Exception as error:
-        if not isinstance(error, (ConfigError, TrainingError)):
+        expected = isinstance(error, (ConfigError, TrainingError)) and not isinstance(error, OutOfMemoryError)
+        if not expected:
             LOGGER.exception("failed")
         lost = liveness.lost(error)
-        mine = lost or f"rank {world.rank}: {_words(error)}"
+        short = error if isinstance(error, OutOfMemoryError) else out_of_memory(error) if is_shortage(error) else None
+        mine = lost or f"rank {world.rank}: {_words(error) if short is None else _with_advice(short, job)}"
         first = mine
         with suppress(Exception):  # the store may be gone together with that rank
             first = world.store.compare_set(f"failed/{folder.number}", "", mine).decode()
-        if isinstance(error, (ConfigError, TrainingError)):
+        if expected:
             raise
         if first == mine:
-            if lost or _is_want_of_memory(error):
+            if short:
+                let_go(error)
+            if lost or short:
                 raise TrainingError(mine) from error
             raise
         rank = first.partition(":")[0].replace(" ", "-")
@@ -118,18 +123,19 @@ def _one_traceback(world: World, folder: RunFolder, liveness: Liveness) -> Itera
 
 
 def _words(error: Exception) -> str:
-    if _is_want_of_memory(error):
-        reason = " ".join(str(error).split("\n")[0].split()[:30]) or "MemoryError"
-        fix = "Take fewer samples at a time, or a lower precision (trainer.micro_batch, precision)"
-        return f"out of memory: {reason}. {fix}"
     return f"{type(error).__name__}: {error}"
 
 
-def _is_want_of_memory(error: Exception) -> bool:
-    words = ("can't allocate memory", "not enough memory", "out of memory", "Cannot allocate memory")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, (RuntimeError, OSError)) and any(word in str(error) for word in words)
-    )
+def _with_advice(shortage: OutOfMemoryError, job: Job) -> str:
+    with suppress(Exception):  # nothing that goes wrong here is worth more than what happened
+        return f"{shortage}. {advice(shortage, job.strategy, job.world, _others())}"
+    return f"{shortage}. Take fewer samples at a time, or a lower precision (trainer.micro_batch, precision)."
+
+
+def _others() -> Others:
+    """Every strategy and optimizer, each with its defaults."""
+    slots = {name: it.slots_per_parameter for name, it in each_of("optimizer").items()}
+    return Others(strategies=each_of("strategy"), slots=slots)
 
 
 _MAKERS = {"model": "make_model", "data": "make_data"}

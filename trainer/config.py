@@ -7,6 +7,7 @@ key and type before anything is built.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -256,6 +257,16 @@ def made(node: DictConfig) -> Any:
         return OmegaConf.to_object(node)
     except OmegaConfBaseException as error:  # such as a class that can't be made from its fields
         raise explained(error) from error
+
+
+def each_of(group: str) -> dict[str, Any]:
+    """Choice -> its object, for all choices of a group that need no further setting; schemas are registered."""
+    found = {}
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        for name in options(group):
+            with contextlib.suppress(ConfigError, HydraException, OmegaConfBaseException):
+                found[name] = made(hydra.compose(f"{group}/{name}")[group])
+    return found
 
 
 def restored(cls: type[T], stored: dict[str, Any]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from trainer.job import Job
 from trainer.keeper import Keeper
 from trainer.observer import Observer
 from trainer.progress import Progress
+from trainer.shortage import told
 from trainer.stop import StopRequest, seconds
 
 if TYPE_CHECKING:
@@ -104,6 +106,10 @@ class Session:
     def _close(self, error: BaseException | None = None) -> None:
         self.observer.close(error)
         self.request.close()
+
+    def told(self) -> AbstractContextManager[None]:
+        """Within, a lack of memory says in which step it happened."""
+        return told(lambda: self.progress.step + 1, self.parts.spec, self.parts.plan)
 
     def start(self) -> None:
         """Go on from a checkpoint if there is one, and say what is about to happen."""

@@ -171,7 +171,7 @@ class Trainer:
             ConfigError: the job is wrong; on every rank.
             TrainingError: it can't go on (a checkpoint can't be written, the loss isn't finite).
         """
-        with Session(self, job) as run:
+        with Session(self, job) as run, run.told():
             run.start()
             while (step := run.next_step()) is not None:
                 run.set_learning_rate()

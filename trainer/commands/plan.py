@@ -45,10 +45,13 @@ def main(options: Namespace) -> int:
         activation_checkpointing=trainer.recomputing,
     )
     world = WorldSpec(size=options.ranks, local_size=options.ranks)
-    found = {
-        name: made(compose(keys).strategy).footprint(spec, world, plan)
-        for name, keys in _candidates(options.keys).items()
-    }
+    candidates, found = _candidates(options.keys), {}
+    for name, keys in candidates.items():
+        try:
+            found[name] = made(compose(keys).strategy).footprint(spec, world, plan)
+        except ConfigError:  # not with that many ranks
+            if len(candidates) == 1:
+                raise
     _show(spec, found, options.ranks)
     if config.run.dir is not None:
         _write(Path(config.run.dir), spec, found)

@@ -9,7 +9,7 @@ from typing import Any
 
 from trainer.metrics.events import Happening, has_ended, spread
 from trainer.metrics.summary import summary_rows
-from trainer.metrics.text import duration
+from trainer.metrics.text import byte_size, duration
 from trainer.report.runs import Run
 
 _NOTHING = "-"
@@ -140,10 +140,4 @@ def _seconds(value: Any) -> str:
 
 
 def _size(value: Any) -> str:
-    if not isinstance(value, float | int):
-        return _NOTHING
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:,.1f} TiB"
+    return byte_size(value) if isinstance(value, float | int) else _NOTHING

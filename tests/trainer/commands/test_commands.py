@@ -31,7 +31,8 @@ def plan(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> dict[
 def test_plan_counts_the_model_that_would_be_trained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     found = plan(capsys, tmp_path, "--ranks", "4")
     assert found["parameters"]["number"] == 857_984  # with the vocabulary of the data's tokenizer
-    assert {"single", "ddp"} <= found.keys()
+    assert {"ddp", "fsdp_full"} <= found.keys()
+    assert "single" not in found, "it can't run on four ranks"
     number = 857_984
     assert found["ddp"]["weights"] == 4 * number
     assert found["ddp"]["moments"] == 8 * number
