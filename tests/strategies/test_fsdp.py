@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from strategies import _testing_model as little
 from strategies._testing_jobs import Rig
 from strategies._testing_model import Job
 from strategies.backends import GlooBackend
