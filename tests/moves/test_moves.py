@@ -147,6 +147,22 @@ def test_moved_run_in_host_memory_learns_the_same(runner: Runner) -> None:
     assert not result.problems, result
 
 
+def test_moved_run_goes_back_past_a_damaged_shard(runner: Runner) -> None:
+    source = at("fsdp_full@3")
+    stayed = runner.stayed(source)
+    folder = runner.folder / "damaged"
+    shutil.copytree(stayed.folder, folder)
+    shutil.rmtree(folder / "checkpoints" / f"step-{STEPS:08}")
+    (shard,) = (folder / "checkpoints" / "step-00000012").glob("*/tensors/__2_*")  # of the last rank
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    order = runner.start(folder, at("ddp@2"))
+    result = held_against(way(str(source), "ddp@2"), Run(folder=folder, order=order), stayed, runner.kind)
+    assert not result.problems, result
+    assert f"going on from {folder}/checkpoints/step-{BEFORE:08}" in (folder / "logs" / "rank-0.log").read_text()
+
+
 # What must be noticed.
 
 
