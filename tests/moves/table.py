@@ -45,7 +45,7 @@ def document(
     pairs = (
         "## Every pair\n\n"
         "Largest differences after the move. `tensors`: of the last checkpoints, L2 distance over L2 norm, all\n"
-        "weights, all averages or all moments of a kind taken together, whichever is\nworst.\n\n"
+        "weights, all averages or all moments of a kind taken together, whichever is worst.\n\n"
     )
     parts = [
         _INTRODUCTION.format(versions=versions, before=BEFORE, after=AFTER, loss=LLAMA_FP32.loss),
