@@ -1,9 +1,13 @@
-"""Memory of the host: what a training step frees is what the next one takes."""
+"""Memory of the host: whether what is freed stays with the process."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+
 import torch
 
+_M_MMAP_THRESHOLD = -3
 _MOST = (32 << 20) - (1 << 16)
 
 
@@ -15,3 +19,12 @@ def keep_freed_memory() -> None:
     GLIBC_TUNABLES) fix the thresholds, or where there is no glibc; the block's pages are never touched.
     """
     torch.empty(_MOST, dtype=torch.uint8)
+
+
+def give_back_freed_memory() -> None:
+    """Have glibc give back blocks of 1 MiB or more when they are freed, for work that holds one large thing at a time.
+
+    No effect where there is no glibc.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)

@@ -44,6 +44,9 @@ def parser() -> Parser:
 
 def main(options: Namespace) -> int:
     """Export the newest checkpoint of a run, or the one named."""
+    from trainer.host_memory import give_back_freed_memory
+
+    give_back_freed_memory()
     step = export(options.source, options.target, average=options.average, max_shard_size=options.max_shard_size)
     print(f"written: {options.target} (step {step})")
     return 0

@@ -1,6 +1,6 @@
-"""Memory that a start takes in each process, of a model of 551M parameters.
+"""Memory that a start takes in each process, and an export, of a model of 551M parameters.
 
-    python -m tests.trainer.models.memory [--processes 4] [--little] [--folder FOLDER]
+    python -m tests.trainer.models.memory [--processes 4] [--little] [--folder FOLDER] [--only start|export]
 
 A process counts from after its imports, before it connects; another one reads its anonymous resident memory
 (`RssAnon` of /proc/PID/status: mapped files don't count) every 2 ms until the model is set up. AdamW, gradients and
@@ -84,9 +84,10 @@ def watch(job: Callable[..., Any], size: int, *args: Any) -> list[Seen]:
                 elif not processes[rank].is_alive():
                     raise RuntimeError(f"rank {rank} ended with exit code {processes[rank].exitcode}")
             time.sleep(_PAUSE_S)
-        answers = [end.recv() for end in mine]
         for end in mine:
-            end.send("leave")
+            end.recv()
+            end.send("answer")
+        answers = [end.recv() for end in mine]
     finally:
         for process in processes:
             process.join(20)
@@ -101,16 +102,14 @@ def _run(end: Connection, rank: int, size: int, port: int, job: Callable[..., An
         importlib.import_module(name)
     import torch
 
-    from trainer.host_memory import keep_freed_memory
-
     torch.set_num_threads(1)
-    keep_freed_memory()  # as a run does it
     gc.collect()
     end.send("ready")
     end.recv()
     found = job(*args)
-    end.send(found() if callable(found) else found)
+    end.send("done")
     end.recv()
+    end.send(found() if callable(found) else found)
 
 
 def _anonymous(pid: int | None) -> int:
@@ -178,8 +177,10 @@ def start(fields: dict[str, Any], settings: dict[str, Any], whole: bool = False)
     from strategies.backends import GlooBackend
     from strategies.base import Plan
     from strategies.fsdp import FSDPStrategy
+    from trainer.host_memory import keep_freed_memory
     from trainer.models import pretrained
 
+    keep_freed_memory()  # as a run does it
     strategy = FSDPStrategy(**settings)
     strategy.connect(GlooBackend())
     plan = Plan(micro_batch=1, deferred=True)
@@ -212,6 +213,58 @@ def start(fields: dict[str, Any], settings: dict[str, Any], whole: bool = False)
     return sizes
 
 
+def write_checkpoint(fields: dict[str, Any], run: str) -> None:
+    """Under `fsdp_full`, as a run does it; weights alone."""
+    from torch.optim import SGD
+
+    from strategies.backends import GlooBackend
+    from strategies.base import Plan
+    from strategies.fsdp import FSDPStrategy
+    from trainer.checkpoint import Checkpointer, Checkpoints, Record
+
+    strategy = FSDPStrategy()
+    world = strategy.connect(GlooBackend())
+    plan = Plan(micro_batch=1, deferred=True)
+    model = model_of(fields)
+    with strategy.init_context(plan):
+        module = model.make()
+    module, optimizer = strategy.setup(
+        module, model.weights(0), lambda named: SGD([value for _, value in named], lr=0.1), plan
+    )
+    state = strategy.state(module, optimizer)
+    record = Record(
+        progress={"step": 1, "samples": 0, "tokens": 0},
+        world_size=world.size,
+        aliases=state.aliases,
+        config={"model": {"architecture": "llama", "config": fields}},
+    )
+    keeper = Checkpointer(f"{run}/checkpoints", world, Checkpoints())
+    keeper.save({f"weights/{name}": value for name, value in state.weights.items()}, {}, record)
+    strategy.close()
+
+
+def export(run: str, target: str, max_shard_size: str) -> Callable[[], dict[str, int]]:
+    """What `shardwright export` does; the largest file, and their number."""
+    from trainer.commands import export as command
+
+    command.main(command.parser().read([run, target, "--max-shard-size", max_shard_size]))
+
+    def sizes() -> dict[str, int]:
+        found = [file.stat().st_size for file in Path(target).glob("*.safetensors")]
+        return {"largest": max(found), "files": len(found)}
+
+    return sizes
+
+
+def exports(fields: dict[str, Any], size: int, folder: Path) -> Iterator[tuple[str, Seen]]:
+    """Exports of one checkpoint in files of several sizes, and what each took."""
+    watch(write_checkpoint, size, fields, str(folder / "run"))
+    for limit in ("200MB", "500MB", "1GB"):
+        [seen] = watch(export, 1, str(folder / "run"), str(folder / "out"), limit)
+        yield limit, seen
+        shutil.rmtree(folder / "out")
+
+
 def rows(fields: dict[str, Any], size: int, folder: Path) -> Iterator[tuple[str, list[Seen]]]:
     """Each way of starting, and what every process took."""
     write_model(fields, folder / "fp32")
@@ -229,18 +282,34 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--little", action="store_true", help="a model of 97M parameters")
     parser.add_argument("--folder", type=Path, default=None, help="for the model's files; default: a temporary one")
+    parser.add_argument("--only", choices=("start", "export"), default=None)
     options = parser.parse_args()
     fields = LITTLE if options.little else LARGE
+    starts, rest = options.only != "export", options.only != "start"
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        print("| start | peak (MiB) | rank's shard | largest block | (peak - shard) / block | root part |")
-        print("| --- | ---: | ---: | ---: | ---: | ---: |")
-        for name, seen in rows(fields, options.processes, Path(folder)):
-            worst = max(seen, key=lambda each: each.above - each.answer["shard"])
-            shard, block = worst.answer["shard"], worst.answer["block"]
-            cells = [worst.above / _MIB, shard / _MIB, block / _MIB]
-            ratio = (worst.above - shard) / block
-            numbers = " | ".join(f"{cell:.1f}" for cell in cells)
-            print(f"| {name} | {numbers} | {ratio:.2f} | {worst.answer['root'] / _MIB:.1f} |", flush=True)
+        if starts:
+            _print_starts(fields, options.processes, Path(folder))
+        if rest:
+            _print_exports(fields, options.processes, Path(folder))
+
+
+def _print_starts(fields: dict[str, Any], size: int, folder: Path) -> None:
+    print("| start | peak (MiB) | rank's shard | largest block | (peak - shard) / block | root part |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, seen in rows(fields, size, folder):
+        worst = max(seen, key=lambda each: each.above - each.answer["shard"])
+        shard, block = worst.answer["shard"], worst.answer["block"]
+        cells = [worst.above / _MIB, shard / _MIB, block / _MIB]
+        ratio = (worst.above - shard) / block
+        numbers = " | ".join(f"{cell:.1f}" for cell in cells)
+        print(f"| {name} | {numbers} | {ratio:.2f} | {worst.answer['root'] / _MIB:.1f} |", flush=True)
+
+
+def _print_exports(fields: dict[str, Any], size: int, folder: Path) -> None:
+    print("\n| export, files of at most | peak (MiB) | largest file | files |\n| --- | ---: | ---: | ---: |")
+    for limit, seen in exports(fields, size, folder):
+        largest, files = seen.answer["largest"] / _MIB, seen.answer["files"]
+        print(f"| {limit} | {seen.above / _MIB:.1f} | {largest:.1f} | {files} |", flush=True)
 
 
 if __name__ == "__main__":
