@@ -116,6 +116,26 @@ def two_pretended_ranks() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("two_pretended_ranks")
+@pytest.mark.parametrize("architecture", ["llama", "t5", "bert", "roberta", "esm", "vit"])
+def test_fill_of_a_sharded_model_gives_its_part_of_the_whole(tiny: MakeTiny, architecture: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import distribute_tensor
+
+    model = tiny(architecture)
+    whole = made(model, 7)
+    with torch.device("meta"):
+        module = model.make()
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(module, mesh=mesh)
+    module.to_empty(device="cpu")
+    model.weights(7).fill(module)
+    for (name, mine), value in zip(module.named_parameters(), whole.parameters(), strict=True):
+        part = distribute_tensor(value, mesh, mine.placements, src_data_rank=None)  # type: ignore[attr-defined]
+        assert torch.equal(mine.to_local(), part.to_local()), name  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("two_pretended_ranks")
 def test_drawing_into_a_shard_gives_its_part_of_the_whole() -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, empty
