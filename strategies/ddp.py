@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, final
 
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies._torch import TorchStrategy
@@ -143,6 +143,9 @@ class DDPStrategy(TorchStrategy):
         buffers = self.broadcast_buffers
         if buffers is None:
             buffers = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim > 1 and 1 in parameter.shape:
+                parameter.register_hook(_packed)  # type: ignore[no-untyped-call]
         device = self._connected.device
         wrapped = DistributedDataParallel(
             model,
@@ -229,6 +232,11 @@ class DDPStrategy(TorchStrategy):
         self._measured = iteration
         exposed_ns = known["backward_comm_time"] - known.get("backward_compute_comm_overlap_time", 0)
         return float(max(0, exposed_ns)) * 1e-9
+
+
+def _packed(gradient: Tensor) -> Tensor:
+    """With the strides of a bucket's views: in a dimension of size 1 autograd leaves any, and DDP would warn."""
+    return gradient.flatten().view(gradient.shape)
 
 
 def _unused_message(model: DistributedDataParallel) -> str:

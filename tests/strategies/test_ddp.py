@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -266,6 +267,37 @@ def test_graph_is_static_only_without_accumulation(
 
 def test_gradients_are_views_of_buckets(workers: Workers) -> None:
     assert workers.run(gradients_live_in_buckets, 2) == [True, True]
+
+
+class Begun(nn.Module):
+    """A learned first position before each sample, as an image model has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(1, 1, 4))
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.first.expand(len(values), -1, -1), values], dim=1)
+
+
+def warnings_of_odd_strides() -> list[str]:
+    strategy = DDPStrategy()
+    strategy.connect(GlooBackend())
+    plan = Plan(micro_batch=1)
+    model, _ = strategy.setup(Begun(), little.weights(False), lambda named: SGD([p for _, p in named]), plan)
+    torch.set_warn_always(True)
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            model(torch.ones(1, 3, 4)).square().sum().backward()
+    finally:
+        torch.set_warn_always(False)
+        strategy.close()
+    return [str(each.message) for each in found]
+
+
+def test_gradients_of_size_one_have_the_strides_of_buckets(workers: Workers) -> None:
+    assert workers.run(warnings_of_odd_strides, 2) == [[], []]
 
 
 def test_batch_norm_buffers_follow_rank_zero(workers: Workers) -> None:
