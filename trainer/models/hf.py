@@ -298,6 +298,9 @@ class HFModel(AbstractModel):
         if self.objective is not Objective.classification:
             # With it, some models look for padding in every batch, and wait for the device, only to warn.
             model.config.pad_token_id = None
+        for name, part in model.named_modules():
+            if name.endswith("contact_head"):  # ESM's, which no objective trains: it reads the attention's weights
+                part.requires_grad_(False)
         if self.loss_chunk:
             use_chunked_head(model, self.loss_chunk)
         return without_search(adapted(model, self.lora) if self.lora.rank else model)
