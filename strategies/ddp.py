@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, final
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -145,7 +147,7 @@ class DDPStrategy(TorchStrategy):
             buffers = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.ndim > 1 and 1 in parameter.shape:
-                parameter.register_hook(_packed)  # type: ignore[no-untyped-call]
+                parameter.register_hook(functools.partial(_laid_out, parameter.stride()))  # type: ignore[no-untyped-call]
         device = self._connected.device
         wrapped = DistributedDataParallel(
             model,
@@ -234,9 +236,11 @@ class DDPStrategy(TorchStrategy):
         return float(max(0, exposed_ns)) * 1e-9
 
 
-def _packed(gradient: Tensor) -> Tensor:
-    """With the strides of a bucket's views: in a dimension of size 1 autograd leaves any, and DDP would warn."""
-    return gradient.flatten().view(gradient.shape)
+def _laid_out(stride: tuple[int, ...], gradient: Tensor) -> Tensor:
+    """With the strides of the parameter, and so of the bucket: in a dimension of size 1 autograd leaves any, and DDP
+    would warn. A copy, since with these strides autograd would keep what may be a part of another gradient.
+    """
+    return gradient if gradient.stride() == stride else gradient.clone(memory_format=torch.contiguous_format)
 
 
 def _unused_message(model: DistributedDataParallel) -> str:

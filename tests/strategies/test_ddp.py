@@ -270,34 +270,45 @@ def test_gradients_are_views_of_buckets(workers: Workers) -> None:
 
 
 class Begun(nn.Module):
-    """A learned first position before each sample, as an image model has it."""
+    """A learned first position before each sample, and places for all, as an image model has it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Parameter(torch.zeros(1, 1, 4))
+        self.first = nn.Parameter(torch.ones(1, 1, 4))
+        self.places = nn.Parameter(torch.ones(1, 4, 4))
 
     def forward(self, values: torch.Tensor) -> torch.Tensor:
-        return torch.cat([self.first.expand(len(values), -1, -1), values], dim=1)
+        return torch.cat([self.first.expand(len(values), -1, -1), values], dim=1) + self.places
 
 
-def warnings_of_odd_strides() -> list[str]:
+def step_with_odd_strides() -> tuple[list[str], list[torch.Tensor]]:
+    """Warnings and gradients of a step of two micro-batches."""
     strategy = DDPStrategy()
     strategy.connect(GlooBackend())
-    plan = Plan(micro_batch=1)
+    plan = Plan(micro_batch=1, accumulation=2)
     model, _ = strategy.setup(Begun(), little.weights(False), lambda named: SGD([p for _, p in named]), plan)
     torch.set_warn_always(True)
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            model(torch.ones(1, 3, 4)).square().sum().backward()
+            for number in range(2):
+                with contextlib.nullcontext() if number else model.no_sync():  # type: ignore[operator]
+                    model(torch.full((1, 3, 4), 1.0 + number)).square().sum().backward()
     finally:
         torch.set_warn_always(False)
-        strategy.close()
-    return [str(each.message) for each in found]
+    gradients = [value.grad.clone() for value in model.parameters() if value.grad is not None]
+    strategy.close()
+    return [str(each.message) for each in found], gradients
 
 
-def test_gradients_of_size_one_have_the_strides_of_buckets(workers: Workers) -> None:
-    assert workers.run(warnings_of_odd_strides, 2) == [[], []]
+def test_gradients_of_size_one_have_the_strides_of_buckets_and_memory_of_their_own(workers: Workers) -> None:
+    plain = Begun()
+    for number in range(2):
+        plain(torch.full((1, 3, 4), 1.0 + number)).square().sum().backward()
+    for said, gradients in workers.run(step_with_odd_strides, 2):
+        assert said == []
+        for mine, value in zip(gradients, plain.parameters(), strict=True):
+            torch.testing.assert_close(mine, value.grad)
 
 
 def test_batch_norm_buffers_follow_rank_zero(workers: Workers) -> None:
