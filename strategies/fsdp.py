@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, cast, final
 
 import torch
 import torch.distributed as dist
@@ -90,6 +90,8 @@ class FSDPStrategy(TorchStrategy):
         super().__post_init__()
         self._mesh: DeviceMesh | None = None
         self._parts: list[FSDPModule] = []
+        self._used: set[str] = set()
+        self._statistics: list[Tensor] = []  # buffers that training changes
         self._refuse_out_of_range()
 
     def connect(self, backend: Backend) -> World:
@@ -143,7 +145,7 @@ class FSDPStrategy(TorchStrategy):
 
     def close(self) -> None:
         self._world = self._run = self._mesh = None
-        self._parts = []
+        self._parts, self._statistics = [], []
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -156,6 +158,12 @@ class FSDPStrategy(TorchStrategy):
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
         device = self._connected.device
+        for name, value in model.named_parameters():
+            if value.ndim == 0:
+                raise ConfigError(
+                    f"FSDPStrategy: the parameter {name!r} is a single number, which can't be cut. "
+                    "Make it a vector of one (model), or use strategy=ddp (strategy)."
+                )
         blocks = find_blocks(model, self.wrap, self.wrap_parameters)
         if plan.activation_checkpointing is not None:
             plan.activation_checkpointing.apply(blocks)
@@ -170,6 +178,8 @@ class FSDPStrategy(TorchStrategy):
         for block in blocks:
             fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, offload_policy=offload)
         fully_shard(model, mesh=self._mesh, reshard_after_forward=False, offload_policy=offload)
+        assert isinstance(model, FSDPModule)
+        model.set_reduce_scatter_unused_params(True)  # else ranks that use different ones send different lengths
         self._parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self._prefetch([part for part in blocks if isinstance(part, FSDPModule)])
         model = materialise(model, weights, torch.device("cpu") if self.cpu_offload else device, plan.precision)
@@ -177,7 +187,34 @@ class FSDPStrategy(TorchStrategy):
             for part in model.modules():
                 for name, buffer in part.named_buffers(recurse=False):
                     part._buffers[name] = buffer.to(device)
+        self._note_use()
+        has_statistics = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
+        self._statistics = list(model.buffers()) if has_statistics else []
         return model
+
+    def _note_use(self) -> None:
+        """Hear of each gradient on this rank, at the tensors into which parameters are gathered time and again."""
+        self._used = set()
+        for part in self._parts:
+            part.unshard()
+            for name, value in cast(nn.Module, self._parts[0]).named_parameters():
+                if value.requires_grad and not hasattr(value, "placements"):
+                    value.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                        lambda _, name=name: self._used.add(name)
+                    )
+            part.reshard()
+
+    def _drop_unused(self, model: nn.Module) -> None:
+        """Take the zeros away that were reduced for what no rank has used; a rank that used all needn't know."""
+        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        missing, device = trained.keys() - self._used, self._connected.device
+        mine = [name in self._used for name in trained]
+        used = torch.tensor(mine, device=device) if missing else torch.ones(len(mine), dtype=torch.bool, device=device)
+        dist.all_reduce(counts := used.to(torch.int32), dist.ReduceOp.MAX)
+        if missing:
+            for value, count in zip(trained.values(), counts.tolist(), strict=True):
+                value.grad = value.grad if count else None
+        self._used.clear()
 
     def _prefetch(self, blocks: Sequence[FSDPModule]) -> None:
         """Explicitly, where it is more than what torch does anyway."""
@@ -198,8 +235,12 @@ class FSDPStrategy(TorchStrategy):
             root.set_is_last_backward(last)
             root.set_requires_gradient_sync(last or self.reduce_every_micro_batch)
             root.set_requires_all_reduce(last)
+        for buffer in self._statistics:  # of rank 0, as under ddp: what is evaluated and saved is one model
+            dist.broadcast(buffer, 0)
         try:
             yield
+            if last:
+                self._drop_unused(model)
         except BaseException:
             root.reset_iter_state()
             raise
