@@ -19,6 +19,7 @@ import pytest
 from strategies.testing import Workers
 from tests.starts import Start, digests, start
 from tests.trainer.jobs import ROWS, TINY
+from trainer.complaints import options
 
 ROOT = Path(__file__).parents[1]
 MOST_S = 20.0
@@ -209,6 +210,28 @@ CONTRADICTIONS = {
     "trainer_without_model_group": bad("model=own", "model=own", "make_model", without="model"),
 }  # fmt: skip
 
+SHARDING = {
+    "shard_size_does_not_divide": bad("strategy=fsdp_hybrid strategy.shard_size=3", "shard_size=3", "2 ranks", "Choose 1 or 2", "strategy.shard_size", sizes=(2,)),
+    "shard_size_of_one_process": bad("strategy=fsdp_hybrid strategy.shard_size=2", "shard_size=2", "1 ranks", "strategy.shard_size", sizes=(1,)),
+    "shard_size_negative": bad("strategy=fsdp_hybrid strategy.shard_size=-2", "shard_size=-2", "below 1", "strategy.shard_size", sizes=(1,)),
+    "shard_size_where_all_is_cut": bad("strategy=fsdp_full strategy.shard_size=2", "shard_size=2", "sharding=full", "fsdp_hybrid", sizes=(1,)),
+    "shard_size_by_two_names": bad("strategy=fsdp_hybrid strategy.shard_size=2 strategy.hybrid_shard_degree=2", "shard_size and hybrid_shard_degree", "strategy.hybrid_shard_degree"),
+    "shard_size_by_both_older_names": bad("strategy=mics strategy.sharded_data_parallel_degree=2 strategy.hybrid_shard_degree=2", "sharded_data_parallel_degree and hybrid_shard_degree", "Give one", sizes=(1,)),
+    "replicas_do_not_divide": bad("strategy=fsdp_hybrid strategy.replicas=3", "replicas=3", "strategy.replicas", sizes=(1, 2)),
+    "replicas_and_shard_size": bad("strategy=fsdp_hybrid strategy.replicas=1 strategy.shard_size=2", "shard_size and replicas", "strategy.replicas", sizes=(1,)),
+    "replicas_zero": bad("strategy=fsdp_hybrid strategy.replicas=0", "replicas=0", "below 1", "strategy.replicas", sizes=(1,)),
+    "sharding_unknown": bad("strategy=fsdp_full strategy.sharding=fully", "strategy.sharding", "fully", "hybrid", sizes=(1,)),
+    "reshard_where_blocks_stay_whole": bad("strategy=fsdp_grad_op strategy.reshard_after_forward=2", "reshard_after_forward=2", "sharding=grad_op", "strategy.reshard_after_forward", sizes=(1,)),
+    "reshard_where_nothing_is_cut": bad("strategy=fsdp_replicate strategy.reshard_after_forward=2", "reshard_after_forward=2", "sharding=replicate", sizes=(1,)),
+    "reshard_over_all_ranks": bad("strategy=fsdp_full strategy.reshard_after_forward=2", "reshard_after_forward=2", "strategy.reshard_after_forward"),
+    "reshard_over_one": bad("strategy=fsdp_full strategy.reshard_after_forward=1", "reshard_after_forward=1", "below 2", sizes=(1,)),
+    "wrap_of_no_class": bad("strategy=fsdp_full strategy.wrap=[LlamaDecoderLayr]", "'LlamaDecoderLayr'", "LlamaDecoderLayer", "strategy.wrap"),
+    "wrap_by_class_and_size": bad("strategy=fsdp_full strategy.wrap=[Linear] strategy.wrap_parameters=10", "wrap and wrap_parameters", "strategy.wrap", sizes=(1,)),
+    "wrap_of_negative_size": bad("strategy=fsdp_full strategy.wrap_parameters=-1", "wrap_parameters=-1", "strategy.wrap_parameters", sizes=(1,)),
+    "prefetch_zero": bad("strategy=fsdp_full strategy.prefetch=0", "prefetch=0", "strategy.prefetch", sizes=(1,)),
+    "setting_of_another_strategy": bad("strategy=fsdp_full strategy.bucket_mb=1", "strategy.bucket_mb", "no key", sizes=(1,)),
+}  # fmt: skip
+
 FILES = {
     "text_missing": bad("data.paths=[nowhere]", "'nowhere'", "data.paths"),
     "text_without_paths": bad("data.paths=['']", "['']", "data.paths"),
@@ -282,7 +305,7 @@ CLASSES = {
     "trainer_without_samples": of_class("Rows", "trainer.num_samples=0", "no sample", "(data)"),
 }  # fmt: skip
 
-CASES = KEYS | WORDS | VALUES | CONTRADICTIONS | FILES | LAUNCHES | CLASSES
+CASES = KEYS | WORDS | VALUES | CONTRADICTIONS | SHARDING | FILES | LAUNCHES | CLASSES
 ALONE = [*KEYS, *WORDS, *VALUES][::2]
 """Refused before ranks know of each other: half of them with one process is enough for a test."""
 BASE = [word for word in TINY if not word.startswith(("trainer.max_steps", "trainer.eval_every"))]
@@ -365,6 +388,13 @@ def test_start_wrong_is_refused_in_one_line_and_nothing_is_lost(
     starts = workers.run(start, size, words, case.unset, case.trainer, environment=case.variables, timeout=60)
     check_refused(starts, case.says)
     assert digests(tmp_path) == before
+
+
+@pytest.mark.parametrize("strategy", options("strategy"))
+def test_every_strategy_trains_alone(workers: Workers, finished: Path, tmp_path: Path, strategy: str) -> None:
+    words = [*BASE, "trainer.max_steps=1", f"run.dir={tmp_path}/run", f"cache={finished.parent}/cache"]
+    [ended] = workers.run(start, 1, [*words, f"strategy={strategy}"], timeout=60)
+    assert (ended.code, ended.err) == (0, "")
 
 
 def test_cases_are_enough() -> None:
