@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import trainer.micro_batch as module
-from strategies.errors import ConfigError
+from strategies.backends import GlooBackend
+from strategies.ddp import DDPStrategy
+from strategies.errors import ConfigError, TrainingError
+from strategies.testing import Workers
 from strategies.world import World
 from trainer.micro_batch import find_micro_batch
 
@@ -63,3 +68,34 @@ def test_find_other_errors_are_not_taken_for_lack_of_memory(monkeypatch: pytest.
 
     with pytest.raises(RuntimeError, match="shapes"):
         find_micro_batch(WORLD, 8, broken, reserve_bytes=0)
+
+
+def search(shared: bool) -> str:
+    """Two ranks, of which the second has memory for three samples."""
+    strategy = DDPStrategy()
+    world = strategy.connect(GlooBackend(timeout_s=30))
+
+    def attempt(size: int) -> None:
+        if size > 3 and world.rank == 1:
+            raise MemoryError
+        if shared:
+            dist.all_reduce(torch.zeros(1))
+
+    try:
+        with mock.patch.object(module, "_PATIENCE_S", 1.0), mock.patch.object(module, "_used_bytes", return_value=0.0):
+            return str(find_micro_batch(world, 12, attempt, reserve_bytes=0))
+    except (TrainingError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        strategy.close()
+
+
+def test_find_takes_what_fits_on_every_rank(workers: Workers) -> None:
+    assert workers.run(search, 2, False, timeout=60) == ["3", "3"]
+
+
+def test_find_ends_where_the_others_wait_for_a_rank_without_memory(workers: Workers) -> None:
+    first, second = workers.run(search, 2, True, timeout=60)
+    assert first.startswith("RuntimeError")  # its connection to the other is gone
+    assert second.startswith("TrainingError: Trainer: rank 1 ran out of memory while it tried a micro-batch of 4")
+    assert "trainer.micro_batch=3" in second
