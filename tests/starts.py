@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+from torch import nn
+
 from strategies.base import Batch, LossTerms
 from tests.trainer.jobs import Rows
 from trainer import Trainer
@@ -74,7 +77,17 @@ class Tattler(Trainer):
         return super().loss(outputs, batch)
 
 
-TRAINERS: dict[str, type[Trainer]] = {cls.__name__: cls for cls in (Trainer, Rows, Bare, Needy, Odd, Tattler)}
+@dataclass(kw_only=True)
+class Hollow(Rows):
+    """Makes a model without storage, and says nowhere what is to be in it."""
+
+    def make_model(self) -> nn.Module:
+        """See `Trainer.make_model`."""
+        with torch.device("meta"):
+            return super().make_model()
+
+
+TRAINERS: dict[str, type[Trainer]] = {cls.__name__: cls for cls in (Trainer, Rows, Bare, Needy, Odd, Hollow, Tattler)}
 
 
 def start(words: list[str], unset: tuple[str, ...] = (), trainer: str = "Trainer") -> Start:

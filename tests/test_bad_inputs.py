@@ -302,6 +302,8 @@ CLASSES = {
     "trainer_field_of_no_known_type": of_class("Odd", "", "Odd", "activation", "(trainer.activation)"),
     "trainer_and_another_model": of_class("Rows", "model=llama_tiny data=own", "model=llama_tiny", "make_model"),
     "trainer_field_mistyped": of_class("Rows", "trainer.num_sample=3", "trainer.num_sample", "num_samples"),
+    "trainer_model_without_storage": of_class("Hollow", "", "Sequential was built without storage", "make_model", "(model, strategy)"),
+    "trainer_model_without_storage_to_be_cut": of_class("Hollow", "strategy=fsdp_full", "Sequential was built without storage", "(model, strategy)"),
     "trainer_without_samples": of_class("Rows", "trainer.num_samples=0", "no sample", "(data)"),
 }  # fmt: skip
 
@@ -353,7 +355,7 @@ def finished(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def words_of(case: Bad, files: Path, run: Path, finished: Path) -> list[str]:
     base = [word for word in BASE if not word.startswith(tuple(case.without.split()) or "-")]
-    if case.trainer == "Rows":
+    if case.trainer in ("Rows", "Hollow"):
         base = [*ROWS]
     given = [word.format(files=files, run=finished) if "{files}" in word or "{run}" in word else word
              for word in case.words.split()]  # fmt: skip
