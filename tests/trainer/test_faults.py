@@ -114,6 +114,7 @@ def test_fault_folder_that_another_run_holds_is_refused(workers: Workers, tmp_pa
         (("trainer.num_validation=0",), 10),
         (("trainer.num_validation=1", "trainer.eval_every=3", "trainer.eval_samples=99"), 10),
         (("trainer.num_samples=5", "trainer.eval_every=4"), 10),
+        (("trainer.num_samples=5", "trainer.num_validation=1", "trainer.eval_every=3", "strategy=fsdp_full"), 10),
         (("trainer.num_samples=1", "trainer.max_steps=null", "trainer.max_epochs=30"), 3),
     ],
 )
