@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, cast, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 import torch.distributed as dist
@@ -90,7 +90,8 @@ class FSDPStrategy(TorchStrategy):
         super().__post_init__()
         self._mesh: DeviceMesh | None = None
         self._parts: list[FSDPModule] = []
-        self._used: set[str] = set()
+        self._used: set[str] = set()  # in this step, on this rank
+        self._trained: dict[str, nn.Parameter] = {}
         self._statistics: list[Tensor] = []  # buffers that training changes
         self._refuse_out_of_range()
 
@@ -145,7 +146,7 @@ class FSDPStrategy(TorchStrategy):
 
     def close(self) -> None:
         self._world = self._run = self._mesh = None
-        self._parts, self._statistics = [], []
+        self._parts, self._statistics, self._trained = [], [], {}
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -187,34 +188,26 @@ class FSDPStrategy(TorchStrategy):
             for part in model.modules():
                 for name, buffer in part.named_buffers(recurse=False):
                     part._buffers[name] = buffer.to(device)
-        self._note_use()
+        self._note_use(model)
         has_statistics = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
         self._statistics = list(model.buffers()) if has_statistics else []
         return model
 
-    def _note_use(self) -> None:
+    def _note_use(self, model: nn.Module) -> None:
         """Hear of each gradient on this rank, at the tensors into which parameters are gathered time and again."""
-        self._used = set()
-        for part in self._parts:
-            part.unshard()
-            for name, value in cast(nn.Module, self._parts[0]).named_parameters():
+        self._used.clear()
+        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+        def gathered(module: nn.Module, args: Any) -> None:
+            for name, value in module.named_parameters(prefix=names[module]):
                 if value.requires_grad and not hasattr(value, "placements"):
                     value.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
                         lambda _, name=name: self._used.add(name)
                     )
-            part.reshard()
+            handles.pop(module).remove()  # once is enough
 
-    def _drop_unused(self, model: nn.Module) -> None:
-        """Take the zeros away that were reduced for what no rank has used; a rank that used all needn't know."""
-        trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-        missing, device = trained.keys() - self._used, self._connected.device
-        mine = [name in self._used for name in trained]
-        used = torch.tensor(mine, device=device) if missing else torch.ones(len(mine), dtype=torch.bool, device=device)
-        dist.all_reduce(counts := used.to(torch.int32), dist.ReduceOp.MAX)
-        if missing:
-            for value, count in zip(trained.values(), counts.tolist(), strict=True):
-                value.grad = value.grad if count else None
-        self._used.clear()
+        names = {module: name for name, module in model.named_modules() if module in self._parts}
+        handles = {module: module.register_forward_pre_hook(gathered) for module in names}
 
     def _prefetch(self, blocks: Sequence[FSDPModule]) -> None:
         """Explicitly, where it is more than what torch does anyway."""
@@ -239,8 +232,6 @@ class FSDPStrategy(TorchStrategy):
             dist.broadcast(buffer, 0)
         try:
             yield
-            if last:
-                self._drop_unused(model)
         except BaseException:
             root.reset_iter_state()
             raise
@@ -263,10 +254,18 @@ class FSDPStrategy(TorchStrategy):
             part.reshard()
 
     def _global_norm(self, norm: Tensor) -> Tensor:
-        assert self._mesh is not None
-        squared = norm.to(self._connected.device, torch.float64).square()
-        dist.all_reduce(squared, group=self._mesh.get_group(_SHARD))
-        return squared.sqrt().to(norm.device, norm.dtype)
+        """Also takes the zeros away that were reduced for what no rank has used; a rank that used all needn't know."""
+        world, missing = self._connected, len(self._used) < len(self._trained)
+        told = torch.ones(1 + len(self._trained), device=world.device, dtype=torch.float64)
+        if missing:
+            told[1:] = torch.tensor([name in self._used for name in self._trained])
+        told[0] = norm.to(world.device, torch.float64).square() / self._groups(world.size, world.local_size)
+        dist.all_reduce(told)
+        if missing:
+            for value, count in zip(self._trained.values(), told[1:].tolist(), strict=True):
+                value.grad = value.grad if count else None
+        self._used.clear()
+        return told[0].sqrt().to(norm.device, norm.dtype)
 
     def _communication_s(self, model: nn.Module) -> float | None:
         return None
