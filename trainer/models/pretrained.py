@@ -91,8 +91,9 @@ def stream(model: nn.Module, path: str, seed: int) -> bool:
             )
     for first, conversion in converted.items():
         for name, found in conversion.convert(first, model=base, config=base.config).items():
-            put(own[name].detach(), found[0] if isinstance(found, list) else found)
-            read[id(own[name])] = name
+            if name in own:
+                put(own[name].detach(), found[0] if isinstance(found, list) else found)
+                read[id(own[name])] = name
     initialise_rest(model, [value for value in own.values() if id(value) in read], seed)
     return True
 
