@@ -137,7 +137,7 @@ def test_fit_writes_the_files_of_a_run(workers: Workers, tmp_path: Path) -> None
     assert {"loss", "grad_norm", "lr", "tokens", "tokens_per_s", "step_s"} <= by_step[3].keys()
     assert {"val_loss"} <= by_step[6].keys()
     assert {"val_loss"} <= by_step[12].keys()
-    assert by_step[12]["tokens"] == 12 * 12 * 16
+    assert 0 <= 12 * 12 * 16 - by_step[12]["tokens"] < 16  # the last sample of the text may be a short one
     assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
 
 
