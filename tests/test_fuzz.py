@@ -26,6 +26,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
 from strategies.testing import Workers
 from tests.starts import Start, start
@@ -36,7 +37,7 @@ NUM_EXAMPLES = int(os.environ.get("SHARDWRIGHT_FUZZ", "0"))
 MOST_S = 20.0
 
 SIZES = ("hidden_size=16", "intermediate_size=32", "num_hidden_layers=1", "num_attention_heads=2")
-TINY = {name: [f"model.config.{size}" for size in SIZES] for name in ("llama_tiny", "bert_tiny", "hf")}
+TINY = {name: [f"model.config.{size}" for size in SIZES] for name in ("llama_tiny", "bert_tiny", "vit_tiny", "hf")}
 NEEDED = {
     **{f"model={name}": words for name, words in TINY.items()},
     "model=llama_tiny": [*TINY["llama_tiny"], "model.config.num_key_value_heads=2"],
@@ -49,6 +50,7 @@ NEEDED = {
     "data=parquet": ["data.files=[{files}/rows.parquet]"],
     "data=messages": ["data.files=[{files}/chats.jsonl]"],
     "data=mixture": ["data.sources.code.length=16"],
+    "data=images": ["data.path={files}/photos", "data.size=8", "data.channels=1", "data.validation=0.2"],
     "hooks=[samples]": ["hooks.samples.length=2", "hooks.samples.window=16"],
     "hooks=[chat_samples]": ["hooks.chat_samples.length=2", "hooks.chat_samples.window=16"],
     "schedule=inverse_sqrt": ["schedule.warmup=1"],
@@ -73,6 +75,7 @@ def options(group: str) -> list[str]:
     return [name for name in affordable if f"{group}={name}" not in ABSENT]
 
 
+IMAGES = ("images", "digits")
 GROUPS = ("strategy", "backend", "model", "data", "optimizer", "schedule", "precision", "logger", "hooks")
 DEFAULTS = {"strategy": "ddp", "backend": "auto", "model": "llama_tiny", "data": "text", "optimizer": "adamw",
             "schedule": "cosine", "precision": "fp32", "logger": "[]", "hooks": "[quitter]"}  # fmt: skip
@@ -82,7 +85,7 @@ def words_of(choices: dict[str, str]) -> list[str]:
     """A command line that chooses these, and says what they need."""
     found = [f"{group}={option}" for group, option in choices.items()]
     needed = [word for choice in found for word in NEEDED.get(choice.replace(",quitter", ""), [])]
-    length = [] if choices["data"] == "mixture" else ["data.length=16"]
+    length = [] if choices["data"] in ("mixture", *IMAGES) else ["data.length=16"]
     return [*found, *needed, *length, *BASE]
 
 
@@ -165,6 +168,8 @@ def drawn(rng: Random) -> tuple[list[str], list[str]]:
     for group in changed:
         option = rng.choice(options(group))
         choices[group] = {"logger": f"[{option}]", "hooks": f"[{option},quitter]"}.get(group, option)
+    if choices["data"] in IMAGES and "model" not in changed:
+        choices["model"] = "vit_tiny"
     words = words_of(choices)
     for key, kind in rng.sample(keys_of(tuple(choices.items())), rng.choice([1, 1, 2])):
         sign = rng.choice(["", "+", "++", "~"]) if rng.random() < 0.1 else ""
@@ -215,6 +220,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     pyarrow.parquet.write_table(pyarrow.table({"text": [row["text"] for row in rows]}), folder / "rows.parquet")
     np.save(folder / "tokens.npy", (np.arange(3000) % 250).astype(np.uint16))
+    for number in range(20):
+        photo = folder / "photos" / f"kind{number % 2}" / f"{number}.png"
+        photo.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (9, 8), 10 * number).save(photo)
     library = folder / "library"
     library.mkdir()
     for number in range(40):
