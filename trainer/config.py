@@ -140,7 +140,7 @@ def _where_held_out(value: Any, *, _root_: DictConfig) -> Any:
     """`${where_held_out:x}`: x if the chosen data holds something out, else null."""
     data = _root_.data
     parts = data.get("sources", {}).values() if "sources" in data else [data]
-    keys = ("validation", "validation_paths", "validation_files", "validation_split")
+    keys = ("validation", "validation_path", "validation_paths", "validation_files", "validation_split")
     return value if any(part.get(key) for part in parts for key in keys) else None
 
 

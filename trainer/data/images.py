@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ _LARGEST = 1 << 13
 class _File(NamedTuple):
     path: str
     label: int
+
+
+def _name(file: _File) -> str:
+    """That doesn't depend on where the folder lies."""
+    return "/".join(Path(file.path).parts[-2:])
 
 
 @dataclass(kw_only=True)
@@ -93,12 +99,19 @@ class ImageFolderData(AbstractImageData):
 
     def build(self, world: World, cache: Path, say: Say) -> Data:
         with world.together():
-            return self._found()
+            data = self._found()
+        seen = world.gather([part.digest() for part in (data.train, data.validation) if isinstance(part, _Images)])
+        if strange := [rank for rank, digests in enumerate(seen) if digests != seen[0]]:
+            raise ConfigError(
+                f"ImageFolderData: ranks 0 and {strange[0]} see different images in {self.path}. "
+                "Give every machine the same files (data.path)."
+            )
+        return data
 
     def _found(self) -> Data:
         classes, files = _listed(self.path, "path")
         if self.validation_path is None:
-            sides = [in_validation("/".join(Path(file.path).parts[-2:]), self.validation) for file in files]
+            sides = [in_validation(_name(file), self.validation) for file in files]
             train = [file for file, held_out in zip(files, sides, strict=True) if not held_out]
             validation = [file for file, held_out in zip(files, sides, strict=True) if held_out]
         else:
@@ -152,6 +165,13 @@ class _Images:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def digest(self) -> str:
+        """Of the names of all files with their classes' folders, and of their order."""
+        found = hashlib.blake2b(digest_size=16)
+        for file in self._files:
+            found.update(f"{_name(file)}\n".encode(errors="surrogatepass"))
+        return found.hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
         path, label = self._files[index]

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from strategies.backends import GlooBackend
+from strategies.ddp import DDPStrategy
 from strategies.errors import ConfigError
 from strategies.testing import Workers
 from tests.starts import start
@@ -91,6 +93,28 @@ def test_folder_that_is_none_is_refused(photos: Path, tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words) as caught:
             build(ImageFolderData(**settings), tmp_path)  # type: ignore[arg-type]
         assert "\n" not in str(caught.value)
+
+
+def on_this_rank(folder: str) -> str:
+    strategy = DDPStrategy()
+    world = strategy.connect(GlooBackend())
+    try:
+        ImageFolderData(path=f"{folder}/{world.rank}", validation=0.0).build(world, Path(folder), print)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        strategy.close()
+    return ""
+
+
+def test_folders_that_differ_between_ranks_are_refused_on_all(workers: Workers, tmp_path: Path) -> None:
+    for rank, name in enumerate(("a.png", "b.png")):
+        picture(tmp_path / str(rank) / "red" / name, (255, 0, 0))
+        picture(tmp_path / str(rank) / "blue" / "c.png", (0, 0, 255))
+    heard = workers.run(on_this_rank, 2, str(tmp_path))
+    assert all("ranks 0 and 1 see different images" in said for said in heard)
+    (tmp_path / "1" / "red" / "b.png").rename(tmp_path / "1" / "red" / "a.png")
+    assert workers.run(on_this_rank, 2, str(tmp_path)) == ["", ""]
 
 
 @pytest.mark.parametrize(
