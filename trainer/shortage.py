@@ -142,9 +142,11 @@ def advice(shortage: OutOfMemoryError, strategy: Strategy, world: World, others:
         sentences = [f"Of {byte_size(now)} predicted per rank{besides}, {savings}"]
     if (fewer := _fewer_samples(plan)) is not None and f"trainer.micro_batch={fewer}" not in saved:
         sentences.append(f"trainer.micro_batch={fewer} instead of {plan.micro_batch} saves activations in proportion")
+    if plan.activation_checkpointing is None:
+        sentences.append("trainer.activation_checkpointing=full keeps of a block's activations only its inputs")
     if not sentences:
         sentences = [f"{byte_size(now)} were predicted per rank{besides}: use a smaller model or shorter samples"]
-    return f"{'; '.join(sentences)} (strategy, optimizer, trainer.micro_batch, precision)."
+    return f"{'; '.join(sentences)} (strategy, optimizer, trainer.micro_batch, trainer.activation_checkpointing)."
 
 
 def _choices(

@@ -157,6 +157,7 @@ def test_advice_names_what_saves_and_how_much() -> None:
     assert "strategy.cpu_offload=true saves 4.0 MiB" in text
     assert "optimizer=sgd saves 2.0 MiB" in text
     assert "trainer.micro_batch=3 saves 1.0 MiB" in text
+    assert "trainer.activation_checkpointing=full keeps" in text
     assert "grad_op" not in text, "it saves nothing"
     assert "single" not in text, "it can't run on four ranks"
     assert "adamw" not in text, "it is what is used"
