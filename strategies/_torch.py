@@ -169,9 +169,9 @@ class TorchStrategy(Strategy):
             run.scaler.unscale_(optimizer)
         gradients = [part(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = self._global_norm(torch.nn.utils.get_total_norm(gradients))
-        if run.plan.clip_norm is not None and _is_long(norm, run.plan.clip_norm):
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grads_with_norm_(parameters, run.plan.clip_norm, norm)
+        if gradients and run.plan.clip_norm is not None and _is_long(norm, run.plan.clip_norm):
+            # As torch.nn.utils.clip_grads_with_norm_ does, which takes parameters and not a rank's parts.
+            torch._foreach_mul_(gradients, torch.clamp(run.plan.clip_norm / (norm + 1e-6), max=1.0))
         skipped = step_if_finite(norm, optimizer)
         if run.scaler is not None:
             run.scaler.update()
@@ -275,7 +275,7 @@ def aliases_of(model: nn.Module) -> dict[str, str]:
 
 def _is_long(norm: Tensor, limit: float) -> bool:
     """Whether clipping changes anything. Only found out where that doesn't wait: a device clips by 1 instead."""
-    surely = limit * (1 - 1e-6)  # of what clip_grads_with_norm_ divides by, in whichever precision
+    surely = limit * (1 - 1e-6)  # of what clipping divides by, in whichever precision
     return norm.device.type != "cpu" or not norm.item() + 1e-6 < surely
 
 
