@@ -82,7 +82,7 @@ def test_bench_wrong_is_refused_in_one_line(words: list[str], said: str, capsys:
 )
 def test_bench_trains_the_same_job_by_both(tmp_path: Path, how: list[str]) -> None:
     page = tmp_path / "new" / "page.md"
-    words = [*how, "--rounds", "1", "--model", "tiny", "--steps", "25", "--no-checkpoints"]
+    words = [*how, "--rounds", "1", "--model", "tiny", "--steps", "30", "--no-checkpoints"]
     ended = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, "--output", str(page)],
         capture_output=True, text=True, timeout=150, check=False, cwd=tmp_path,
