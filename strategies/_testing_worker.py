@@ -204,3 +204,4 @@ def _tear_down() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     gc.collect()  # groups that a dead cycle still holds
+    gc.freeze()  # what a job has imported needn't be looked through after each of the next

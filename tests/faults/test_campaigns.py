@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import plan
-from tests.faults.campaign import LLAMA, Campaign, kills, main, restarts, terms
+from tests.faults.campaign import Campaign, kills, main, restarts, terms
 from tests.faults.plan import Fault
 
 SEED = 11
@@ -56,18 +56,3 @@ def test_campaign_that_meets_a_difference_says_so(folder: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "grad_norm nan" in said
     assert f"again: python -m tests.faults.campaign restarts --processes 2 --faults '{fault}'" in said
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_campaign_kills_between_strategies_and_sizes_change_nothing(tmp_path: Path) -> None:
-    campaign = Campaign(
-        what="kills",
-        folder=tmp_path,
-        seed=SEED,
-        words=(*LLAMA, "model.config.attention_dropout=0"),
-        tolerance=1e-5,
-        places=(("ddp", 2), ("fsdp_full", 3), ("fsdp_hybrid", 4), ("fsdp_grad_op", 2)),
-    )
-    assert kills(campaign, plan.kills(SEED, 4)) == 0, campaign.problems
-    assert len(campaign.strikes) == 4

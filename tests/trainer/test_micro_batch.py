@@ -73,7 +73,7 @@ def test_find_other_errors_are_not_taken_for_lack_of_memory(monkeypatch: pytest.
 def search(shared: bool) -> str:
     """Two ranks, of which the second has memory for three samples."""
     strategy = DDPStrategy()
-    world = strategy.connect(GlooBackend(timeout_s=30))
+    world = strategy.connect(GlooBackend(timeout_s=6))
 
     def attempt(size: int) -> None:
         if size > 3 and world.rank == 1:
