@@ -39,7 +39,7 @@ STRATEGY_NAME = re.compile(r"ddp|mics|fsdp(_\w+)?|zero([1-3](_\w+)?|_\w+)|horovo
 ALSO_STRATEGY_NAMES = {"accelerate", "auto", "deepspeed", "single"}
 
 MAX_LINES = {"strategies": 400, "trainer": 400, "scripts": 150}
-LONGER = {"scripts/bootstrap.py": 220}  # does its work itself: nothing of ours is installed yet
+LONGER = {"scripts/bootstrap.py": 240}  # does its work itself: nothing of ours is installed yet
 
 
 def violations(path: str, source: str) -> list[str]:
