@@ -170,19 +170,34 @@ def test_train_threads_share_the_cores_unless_set(
     assert started["command"][-5:] == ["scripts/launch.py", "--nproc-per-node", "2", "run.dir=runs/first", "seed=1"]
 
 
+@pytest.mark.parametrize(
+    ("failing", "beside", "code", "said"),
+    [("mypy", 0, 1, "failed: mypy\n"), ("", 3, 3, "failed: pytest tests/trainer ...\n"), ("", 0, 0, "")],
+)
 def test_test_failing_step_runs_the_others_and_is_named(
-    bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bootstrap: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    failing: str,
+    beside: int,
+    code: int,
+    said: str,
 ) -> None:
     ran = []
 
     def run(command: list[str]) -> int:
         ran.append(command[2])
-        return int(command[2] == "mypy")
+        return int(command[2] == failing)
 
     monkeypatch.setattr(bootstrap, "run", run)
-    assert bootstrap.test([]) == 1
+    bootstrap.PYTHON.parent.mkdir(parents=True)
+    bootstrap.PYTHON.write_text(f"#!/bin/sh\necho half: $*\nexit {beside}\n")
+    bootstrap.PYTHON.chmod(0o755)
+    assert bootstrap.test([]) == code
     assert ran == ["ruff", "ruff", "mypy", "pytest"]
-    assert capsys.readouterr().err == "failed: mypy\n"
+    told = capsys.readouterr()
+    assert told.err == said
+    assert "half: -m pytest tests/trainer" in told.out
 
 
 def test_run_termination_reaches_the_child(bootstrap: ModuleType, tmp_path: Path) -> None:
