@@ -179,16 +179,15 @@ def test(arguments: list[str]) -> int:
                     "pytest": ["pytest", *others],
                 }
             )
-            if code > 2:  # ended by a signal, which the other one may not have heard
+            if code >= 128:  # ended by a signal, which the other one may not have heard
                 beside.terminate()
-            with contextlib.suppress(KeyboardInterrupt):
-                beside.wait()
+            beside_code = ended(beside)
         said.seek(0)
         say(f"pytest {' '.join(half)}")
         print(said.read(), flush=True)
-    if beside.returncode:
+    if beside_code:
         print(f"failed: pytest {half[0]} ...", file=sys.stderr)
-    return code or abs(beside.returncode)
+    return code or beside_code
 
 
 def checked(steps: dict[str, list[str]]) -> int:
@@ -206,11 +205,16 @@ def checked(steps: dict[str, list[str]]) -> int:
 def run(command: list[str]) -> int:
     """A command's exit code; signals to this process reach it."""
     with subprocess.Popen(command) as child:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda got, _: child.send_signal(got))
-        while child.returncode is None:
-            with contextlib.suppress(KeyboardInterrupt):  # the terminal sent it to the child too
-                child.wait()
+        return ended(child)
+
+
+def ended(child: subprocess.Popen[bytes]) -> int:
+    """A child's exit code, once it has ended; signals to this process reach it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda got, _: child.send_signal(got))
+    while child.returncode is None:
+        with contextlib.suppress(KeyboardInterrupt):  # the terminal sent it to the child too
+            child.wait()
     code = child.returncode
     return code if code >= 0 else 128 - code
 

@@ -206,7 +206,8 @@ class FSDPStrategy(TorchStrategy):
                     )
             handles.pop(module).remove()  # once is enough
 
-        names = {module: name for name, module in model.named_modules() if module in self._parts}
+        parts = set(self._parts)
+        names = {module: name for name, module in model.named_modules() if module in parts}
         handles = {module: module.register_forward_pre_hook(gathered) for module in names}
 
     def _prefetch(self, blocks: Sequence[FSDPModule]) -> None:

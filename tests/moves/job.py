@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from strategies.base import Batch, LossTerms
-from tests.trainer.jobs import fit
+from tests.trainer.jobs import TINY_LLAMA, fit
 from trainer import Trainer
 from trainer.data.base import Data
 
@@ -42,11 +42,7 @@ COMMON = (
 LLAMA = (
     *COMMON,
     "model=llama_tiny",
-    "model.config.hidden_size=16",
-    "model.config.intermediate_size=32",
-    "model.config.num_hidden_layers=2",
-    "model.config.num_attention_heads=2",
-    "model.config.num_key_value_heads=2",
+    *TINY_LLAMA,
     "data=text",
     "data.length=48",
     "data.packing=whole",

@@ -65,6 +65,8 @@ def test_page_holds_ours_against_the_mean_of_both_neighbours_and_shows_how_they_
         (["--model", "tyni"], "tiny"),
         (["--strategy", "fsdp"], "fsdp_full"),
         (["--rounds", "0"], "--rounds 0"),
+        (["--strategy", "single", "--processes", "2"], "--processes 2"),
+        (["--strategy", "fsdp_hybrid", "--processes", "3"], "a multiple of 2"),
         (["--processes", "1", "-2"], "--processes -2"),
     ],
 )

@@ -24,12 +24,15 @@ from trainer.data.base import Data
 from trainer.hooks.base import Hook, Moment
 from trainer.metrics.jsonl import MetricsFile
 
-TINY = (
+TINY_LLAMA = (
     "model.config.hidden_size=16",
     "model.config.intermediate_size=32",
     "model.config.num_hidden_layers=2",
     "model.config.num_attention_heads=2",
     "model.config.num_key_value_heads=2",
+)
+TINY = (
+    *TINY_LLAMA,
     "data=text",
     f"data.paths=[{Path(__file__).parents[2] / 'strategies' / 'base.py'}]",
     "data.length=16",

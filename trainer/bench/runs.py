@@ -83,14 +83,18 @@ class Spread:
     """In our configuration."""
     by_hand: dict[str, Any]
     """For `scripts/bench_loop.py`."""
+    most: int | None = None
+    """Processes; None: any number."""
+    multiple: int = 1
+    """Of which their number must be one."""
 
 
 STRATEGIES = {
-    "single": Spread(words=("strategy=single",), by_hand={"spread": "alone"}),
+    "single": Spread(words=("strategy=single",), by_hand={"spread": "alone"}, most=1),
     "ddp": Spread(words=("strategy=ddp",), by_hand={"spread": "replicated"}),
     "fsdp_full": Spread(words=("strategy=fsdp_full",), by_hand={"spread": "sharded", "groups": 1}),
     "fsdp_hybrid": Spread(
-        words=("strategy=fsdp_hybrid", "strategy.replicas=2"), by_hand={"spread": "sharded", "groups": 2}
+        words=("strategy=fsdp_hybrid", "strategy.replicas=2"), by_hand={"spread": "sharded", "groups": 2}, multiple=2
     ),
 }
 

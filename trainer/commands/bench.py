@@ -72,6 +72,13 @@ def main(options: Namespace) -> int:
         for processes in options.processes
         for strategy in options.strategy or ["single" if processes == 1 else "ddp"]
     ]
+    for case in cases:
+        spread = STRATEGIES[case.strategy]
+        if case.processes > (spread.most or case.processes) or case.processes % spread.multiple:
+            fitting = "1" if spread.most else f"a multiple of {spread.multiple}"
+            raise ConfigError(
+                f"bench: --processes {case.processes} is not for --strategy {case.strategy}. Give {fitting}."
+            )
     with tempfile.TemporaryDirectory(prefix="shardwright-bench-") as folder:
         bench = Bench(Path(folder), options.threads)
         steps = _Progress(len(cases) * (options.rounds * 3 + (0 if options.no_checkpoints else 3)) + 1)

@@ -14,12 +14,7 @@ _PIPELINES = {
     "masked": "fill-mask",
     "seq2seq": "text2text-generation",
     "classification": "text-classification",
-}
-_CLASSES = {
-    "causal": "AutoModelForCausalLM",
-    "masked": "AutoModelForMaskedLM",
-    "seq2seq": "AutoModelForSeq2SeqLM",
-    "classification": "AutoModelForSequenceClassification",
+    "image_classification": "image-classification",
 }
 
 
@@ -34,8 +29,14 @@ def card(record: Record, module: Any, kind: str) -> str:
     import torch
     import transformers
 
+    from trainer.models.objectives import Objective, auto_class
+
     model = record.config["model"]
     objective, base = str(model.get("objective")), model.get("path")
+    known = objective in Objective.__members__
+    made_by = auto_class(Objective[objective]).__name__ if known else "AutoModel"
+    kind_of_input = "image_processor" if known and Objective[objective].reads_images else "tokenizer"
+    reader = "AutoImageProcessor" if kind_of_input == "image_processor" else "AutoTokenizer"
     on_hub = bool(base) and not Path(base).expanduser().is_absolute() and not Path(base).exists()
     front = {
         "library_name": "transformers",
@@ -62,10 +63,10 @@ def card(record: Record, module: Any, kind: str) -> str:
             "## Use",
             "",
             "```python",
-            f"from transformers import AutoTokenizer, {_CLASSES.get(objective, 'AutoModel')}",
+            f"from transformers import {reader}, {made_by}",
             "",
-            f'model = {_CLASSES.get(objective, "AutoModel")}.from_pretrained("<this folder>")',
-            'tokenizer = AutoTokenizer.from_pretrained("<this folder>")',
+            f'model = {made_by}.from_pretrained("<this folder>")',
+            f'{kind_of_input} = {reader}.from_pretrained("<this folder>")',
             "```",
             "",
             "## Training",

@@ -27,6 +27,11 @@ class Objective(Enum):
         """Whether it gives one class for a whole sample."""
         return self in (Objective.classification, Objective.image_classification)
 
+    @property
+    def reads_images(self) -> bool:
+        """Whether it takes pixels instead of tokens."""
+        return self is Objective.image_classification
+
 
 _AUTO_CLASSES = {
     Objective.causal: "AutoModelForCausalLM",
