@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from safetensors import SafetensorError
 from strategies.errors import ConfigError
 from strategies.testing import Workers
 from tests.trainer.jobs import ROWS, TINY, fit, losses
+from trainer.checkpoint import Record
+from trainer.commands.card import card
 from trainer.commands.export import export
 
 T5 = ("model=t5_small", "model.config.d_model=16", "model.config.d_kv=8", "model.config.d_ff=32",
@@ -228,3 +231,20 @@ def test_export_refusals_leave_everything_as_it_was(workers: Workers, tmp_path: 
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "new").exists(), source
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("image_classification", ["image-classification", "AutoImageProcessor", "AutoModelForImageClassification"]),
+        ("seq2seq", ["text2text-generation", "AutoTokenizer", "AutoModelForSeq2SeqLM"]),
+    ],
+)
+def test_card_says_how_the_model_is_opened(objective: str, words: list[str]) -> None:
+    record = Record(
+        progress={"step": 1, "samples": 2, "tokens": 3}, world_size=1, config={"model": {"objective": objective}}
+    )
+    module = torch.nn.Linear(1, 1)
+    module.config = SimpleNamespace(model_type="vit")  # type: ignore[assignment]
+    text = card(record, module, "weights")
+    assert all(word in text for word in words), text
