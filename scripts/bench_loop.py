@@ -16,6 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout that isn't installed
+
+from scripts.bench_engines import by_deepspeed, by_horovod, by_torch, ranks
+
 
 def main(job: dict[str, Any]) -> None:
     import numpy as np
@@ -24,14 +28,14 @@ def main(job: dict[str, Any]) -> None:
     from torch.nn import functional as F
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = ranks()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     folder, spread, length, size = Path(job["folder"]), job["spread"], job["length"], job["batch"]
-    if spread != "alone":
+    engines = {"zero": by_deepspeed, "rings": by_horovod}
+    if spread not in ("alone", "rings"):  # Horovod connects by itself
         alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world_size == 1 else {}
         dist.init_process_group("nccl" if cuda else "gloo", **alone)
     torch.manual_seed(0)
@@ -50,6 +54,12 @@ def main(job: dict[str, Any]) -> None:
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=job["lr"], betas=(0.9, 0.95), eps=1e-8, fused=True)
+    num_parameters = sum(p.numel() for p in parameters)
+    if spread in engines:
+        engine = engines[spread](core, optimizer, job)
+        model, optimizer, cast = engine.model, engine.optimizer, cast and spread != "zero"
+    else:
+        engine = by_torch(model, core, optimizer, parameters)
 
     tokens = np.load(job["tokens"], mmap_mode="r")
     order = np.random.default_rng(0).permutation((len(tokens) - 1) // length)
@@ -71,16 +81,13 @@ def main(job: dict[str, Any]) -> None:
             with torch.autocast(device.type, torch.bfloat16, enabled=cast):
                 logits = model(input_ids=inputs).logits
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            norm = engine.update(loss)
             done = step + 1
             if done % job["log_every"] == 0 or done in (1, job["steps"]):
                 line = {
                     "step": done,
                     "loss": loss.item(),
-                    "grad_norm": getattr(norm, "full_tensor", norm.clone)().item(),
+                    "grad_norm": float(getattr(norm, "full_tensor", lambda norm=norm: norm)()),
                     "lr": rate,
                 }
                 log.write(json.dumps(line) + "\n")
@@ -94,8 +101,8 @@ def main(job: dict[str, Any]) -> None:
         if cuda
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "loss": loss.item(),
-        "num_parameters": sum(p.numel() for p in parameters),
-        "saves_s": [save(core, optimizer, folder / f"checkpoint-{number}") for number in range(job["saves"])],
+        "num_parameters": num_parameters,
+        "saves_s": [engine.save(folder / f"checkpoint-{number}") for number in range(job["saves"])],
     }
     (folder / f"clocks-{rank}.json").write_text(json.dumps(record))
     if dist.is_initialized():
@@ -122,28 +129,14 @@ def shard(model: Any, groups: int, device: Any, bf16: bool, compiled: bool) -> N
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    ranks = dist.get_world_size() // groups
-    mesh = init_device_mesh(device.type, (groups, ranks) if groups > 1 else (ranks,))
+    shape = (groups, dist.get_world_size() // groups)[0 if groups > 1 else 1 :]
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
     numbers = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in model.model.layers:
         if compiled:
             layer.forward = torch.compile(layer.forward)
         fully_shard(layer, mesh=mesh, mp_policy=numbers)
     fully_shard(model, mesh=mesh, mp_policy=numbers, reshard_after_forward=False)
-
-
-def save(model: Any, optimizer: Any, folder: Path) -> float:
-    """A plain synchronous save of everything that a resume needs; its seconds, on the slowest rank."""
-    import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
-
-    if dist.is_initialized():
-        dist.barrier()
-    begin = time.perf_counter()
-    dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=folder)
-    if dist.is_initialized():
-        dist.barrier()
-    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -43,6 +43,9 @@ def main(arguments: list[str]) -> int:
     try:
         check_machine()
         set_up()
+        if arguments[0] == "test":
+            say("Horovod for this torch (its first build takes minutes)")
+            call("Horovod", ["bash", str(ROOT / "scripts" / "install_horovod.sh"), "--python", str(PYTHON)])
     except SetupError as error:
         print(f"SetupError: {error}", file=sys.stderr)
         return 1
@@ -165,7 +168,7 @@ def test(arguments: list[str]) -> int:
     """
     if arguments:
         return checked({"pytest": ["pytest", *arguments]})
-    half = ["tests/trainer", *sorted(str(path) for path in Path("tests").glob("test_*.py"))]
+    half = ["tests/trainer", "tests/moves", "tests/scripts", *sorted(map(str, Path("tests").glob("test_*.py")))]
     others = [f"--ignore={path}" for path in half]
     say(f"pytest {' '.join(half)} (shown when all is done)")
     with tempfile.TemporaryFile("w+") as said:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from strategies._blocks import find_blocks, with_own_parameters
-from strategies.base import ModelSpec
+from strategies.base import Collective, Footprint, ModelSpec, Plan
 
 
 @dataclass(frozen=True)
@@ -106,3 +106,55 @@ def _moments(cut: Cut, ranks: int, prefetch: int, kept: float) -> Iterator[float
         reducing = block.gradients
     yield rest.weights + rest.gradients + reducing
     yield 2 * rest.gradients
+
+
+def predicted(
+    model: ModelSpec,
+    plan: Plan,
+    parts: Cut,
+    *,
+    ranks: int,
+    groups: int = 1,
+    prefetch: int = 1,
+    kept: float = 0.0,
+    reduce_every: bool = True,
+    on_host: bool = False,
+) -> Footprint:
+    """The footprint of a rank.
+
+    Args:
+        model: what is trained.
+        plan: how a step goes.
+        parts: the model as it is cut.
+        ranks: of a group, over which it is cut.
+        groups: that hold the same.
+        prefetch: blocks gathered ahead.
+        kept: share of a block that stays with a rank between forward and backward.
+        reduce_every: gradients are reduced after each micro-batch.
+        on_host: what is kept between steps lies in host memory.
+    """
+    number = plan.precision.master_dtype.itemsize
+    weights, gradients = (numbers * number // ranks for numbers in (parts.weights, parts.gradients))
+    moments = int(gradients * model.slots_per_parameter)
+    buffers = most_at_once(parts, ranks=ranks, prefetch=prefetch, kept=kept)
+    if plan.accumulation > 1 and not reduce_every:
+        buffers += parts.gradients - parts.gradients // ranks  # whole until they are parts
+    sent, collectives = model.num_trainable * number, list[Collective]()
+    if ranks > 1:
+        gathers, reductions = plan.accumulation * (2 if kept < 1 else 1), plan.accumulation if reduce_every else 1
+        payload = model.num_parameters * number
+        collectives = [
+            Collective(kind="all_gather", payload_bytes=payload, count=gathers, ranks=ranks),
+            Collective(kind="reduce_scatter", payload_bytes=sent, count=reductions, ranks=ranks),
+        ]
+    if groups > 1:
+        collectives.append(Collective(kind="all_reduce", payload_bytes=sent // ranks, count=1, ranks=groups))
+    return Footprint(
+        weights_bytes=weights,
+        gradients_bytes=gradients,
+        moments_bytes=moments,
+        activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
+        buffers_bytes=buffers * number,
+        collectives=tuple(collectives),
+        host_bytes=weights + gradients + moments if on_host else 0,
+    )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -329,15 +331,20 @@ def set_up_twice_job(recipe: type[Recipe], first: Job, second: Job) -> list[Reco
     return [one, rig.finish(two)]
 
 
-def connect_again_job(recipe: type[Recipe], job: Job) -> tuple[bool, Record]:
-    """Train, close twice, and do it all once more; the first value says that nothing stayed behind."""
+def connect_again_job(recipe: type[Recipe], job: Job) -> tuple[str, Record]:
+    """Train, close twice, and do it all once more; the first value says what stayed behind, if anything did."""
     rig = Rig(recipe, job)
     rig.train(Record(snapshot=empty_snapshot()))
     rig.strategy.close()
     rig.strategy.close()
+    model, left = weakref.ref(rig.model), ""
+    del rig
+    gc.collect()
     if torch.distributed.is_initialized():
-        return False, Record(snapshot=empty_snapshot())
-    return True, train_job(recipe, job)
+        left = "a process group"
+    elif model() is not None:
+        left = "the model"
+    return left, train_job(recipe, job) if not left else Record(snapshot=empty_snapshot())
 
 
 @dataclass(kw_only=True)

@@ -30,8 +30,12 @@ from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
+import psutil
+
 RELEASE = b"release"
 READY = b"ready"
+_MORE_THREADS = 30
+_threads = 0  # that were left when all was looked through the last time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +200,14 @@ def _restore(number: int, handler: Callable[[int, FrameType | None], Any] | int 
 
 def _tear_down() -> None:
     """Close every connection to the other ranks."""
-    import torch.distributed as dist
-
-    from strategies import world
+    global _threads
+    from strategies import backends, world
 
     world.open_store.cache_clear()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    backends.disconnect_ranks()
     gc.collect()  # groups that a dead cycle still holds
+    if psutil.Process().num_threads() > _threads + _MORE_THREADS:  # of groups that were frozen before they died
+        gc.unfreeze()
+        gc.collect()
+        _threads = psutil.Process().num_threads()
     gc.freeze()  # what a job has imported needn't be looked through after each of the next

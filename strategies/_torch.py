@@ -62,6 +62,10 @@ class TorchStrategy(Strategy):
     def _synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around one micro-batch: ranks exchange gradients only when `last`."""
 
+    def _backward(self, model: nn.Module, loss: Tensor) -> None:
+        """The backward pass of one micro-batch."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
     def _global_norm(self, norm: Tensor) -> Tensor:
         """The norm over all ranks, from that of this rank's part of the gradients."""
         return norm
@@ -102,7 +106,11 @@ class TorchStrategy(Strategy):
             )
         self._run = _Run(plan=plan, scaler=scaler)
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
-        return wrapped, make_optimizer(trained)
+        return self._joined(wrapped, make_optimizer(trained))
+
+    def _joined(self, model: nn.Module, optimizer: Optimizer) -> tuple[nn.Module, Optimizer]:
+        """Both as `setup` hands them back, for a plugin that takes hold of them together."""
+        return model, optimizer
 
     def _placed(self, model: nn.Module, weights: Weights, plan: Plan) -> nn.Module:
         """`model` with its values, where this rank computes."""
@@ -113,12 +121,11 @@ class TorchStrategy(Strategy):
             model.compile()
         return model
 
-    @final
     def forward_backward(
         self, model: nn.Module, batches: Sequence[Batch], loss_function: LossFunction, total: float
     ) -> LossSum:
         run, world = self._set_up, self._connected
-        if not model.training:
+        if not self._bare(model).training:
             model.train()
         sums = LossSum(
             loss=torch.zeros(
@@ -136,7 +143,7 @@ class TorchStrategy(Strategy):
                     loss = loss + terms.auxiliary / run.plan.accumulation
                 if run.scaler is not None:
                     loss = run.scaler.scale(loss)
-                loss.backward()  # type: ignore[no-untyped-call]
+                self._backward(model, loss)
             sums.add(terms, batch.num_targets)
         return sums
 
@@ -152,9 +159,10 @@ class TorchStrategy(Strategy):
             return self._forward_only(model, self._in_master_dtype(batch))
 
     def _forward_only(self, model: nn.Module, batch: Batch) -> Any:
-        if model.training:
+        bare = self._bare(model)
+        if bare.training:
             model.eval()
-        return self._bare(model)(**batch.inputs)
+        return bare(**batch.inputs)
 
     def _in_master_dtype(self, batch: Batch) -> Batch:
         """The same batch; with its fractions in double where all is."""
@@ -162,7 +170,6 @@ class TorchStrategy(Strategy):
             return batch
         return batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
-    @final
     def step(self, model: nn.Module, optimizer: Optimizer) -> StepInfo:
         run = self._set_up
         if run.scaler is not None:
@@ -178,7 +185,9 @@ class TorchStrategy(Strategy):
         optimizer.zero_grad(set_to_none=True)
         return StepInfo(grad_norm=norm, skipped=skipped, communication_s=self._communication_s(model))
 
-    @final
+    def weights(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        return weights_by_name(self._bare(model))[0]
+
     def state(self, model: nn.Module, optimizer: Optimizer) -> State:
         weights, aliases = weights_by_name(self._bare(model))
         return State(
@@ -188,14 +197,12 @@ class TorchStrategy(Strategy):
             aliases=aliases,
         )
 
-    @final
     def state_template(self, model: nn.Module, optimizer: Optimizer) -> State:
         state = self.state(model, optimizer)
         # Loading writes into these: fresh storage for the moments, so that a live one isn't half-written.
         state.optim = {name: torch.zeros_like(value) for name, value in state.optim.items()}
         return state
 
-    @final
     def load_state(self, model: nn.Module, optimizer: Optimizer, state: State) -> None:
         bare = self._bare(model)
         mine, _ = weights_by_name(bare)
@@ -215,6 +222,18 @@ class TorchStrategy(Strategy):
                 for key, template in slots.items()
                 if key.startswith(prefix)
             }
+        self._load_scaler(state)
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        full = {}
+        for name, value in self._bare(model).state_dict().items():
+            gathered = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
+            if self._connected.rank == 0:
+                # Copied also where the model is on CPU: training goes on while somebody writes or averages this.
+                full[name] = gathered.to("cpu", copy=True)
+        return full
+
+    def _load_scaler(self, state: State) -> None:
         scaler = self._set_up.scaler
         if scaler is not None and state.scaler:
             scaler.load_state_dict(
@@ -224,16 +243,6 @@ class TorchStrategy(Strategy):
                     "_growth_tracker": int(state.scaler["growth_tracker"]),
                 }
             )
-
-    @final
-    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        full = {}
-        for name, value in self._bare(model).state_dict().items():
-            gathered = value.detach().full_tensor() if hasattr(value, "full_tensor") else value.detach()
-            if self._connected.rank == 0:
-                # Copied also where the model is on CPU: training goes on while somebody writes or averages this.
-                full[name] = gathered.to("cpu", copy=True)
-        return full
 
     def _scaler_state(self) -> dict[str, float]:
         scaler = self._set_up.scaler
@@ -332,7 +341,7 @@ def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]
     found: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            slots = optimizer.state.get(parameter) or _fresh_slots(parameter, optimizer, group)
+            slots = optimizer.state.get(parameter) or fresh_slots(parameter, optimizer, group)
             for slot, value in slots.items():
                 if value is None:
                     continue
@@ -341,7 +350,7 @@ def moments_by_name(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]
     return found
 
 
-def _fresh_slots(parameter: nn.Parameter, optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
+def fresh_slots(parameter: nn.Parameter, optimizer: Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     """The moments that `optimizer` would start `parameter` with, found by a step on a stand-in."""
     stand_in = nn.Parameter(torch.zeros_like(parameter))
     stand_in.grad = torch.zeros_like(parameter)
@@ -350,7 +359,7 @@ def _fresh_slots(parameter: nn.Parameter, optimizer: Optimizer, group: dict[str,
     probe = type(optimizer)([stand_in], **{**options, "lr": 0.0})
     probe.step()
     return {
-        slot: torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
+        slot: torch.zeros_like(value) if isinstance(value, Tensor) else type(value)()
         for slot, value in probe.state[stand_in].items()
         if value is not None
     }

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import platform
 import socket
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +51,13 @@ class Backend(ABC):
             ConfigError: the machine lacks it.
         """
 
+    def refuse_compiling(self) -> None:
+        """Called where the model is to be compiled.
+
+        Raises:
+            ConfigError: this library can't go with torch.compile.
+        """
+
 
 @dataclass(kw_only=True)
 class GlooBackend(Backend):
@@ -65,13 +78,7 @@ class NCCLBackend(Backend):
         return "nccl"
 
     def device(self, launch: Launch) -> torch.device:
-        seen = torch.cuda.device_count()
-        if seen < launch.local_size:
-            raise ConfigError(
-                f"NCCLBackend: {launch.local_size} processes on this machine, but {seen} CUDA devices. "
-                f"Start at most {seen} per machine, or use backend=gloo (backend)."
-            )
-        return torch.device("cuda", launch.local_rank)
+        return _gpu(self, launch)
 
 
 @dataclass(kw_only=True)
@@ -84,6 +91,142 @@ class AutoBackend(Backend):
     def device(self, launch: Launch) -> torch.device:
         chosen = NCCLBackend if torch.cuda.is_available() else GlooBackend
         return chosen(timeout_s=self.timeout_s, interface=self.interface).device(launch)
+
+
+@dataclass(kw_only=True)
+class SMDDPBackend(Backend):
+    """SageMaker's data parallel library: its all-gather between P4d machines, and NCCL for all else.
+
+    Raises:
+        ConfigError: a buffer's size is out of range.
+    """
+
+    scratch_bytes: int | None = None
+    """Scratch buffer of an all-gather; null: the library's own size, 16 MiB."""
+    sort_bytes: int | None = None
+    """Buffer in which what was gathered is put in order; null: the library's own size, 128 MiB."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in _BUFFERS:
+            if (given := getattr(self, key)) is not None:
+                _refuse_size(key, str(given))
+
+    def torch_name(self) -> str:
+        return "smddp"
+
+    def refuse_compiling(self) -> None:
+        raise ConfigError(
+            "SMDDPBackend: compile=true can't go with backend=smddp, whose makers don't say that it works with "
+            "torch.compile. Use compile=false or backend=nccl (compile, backend)."
+        )
+
+    def device(self, launch: Launch) -> torch.device:
+        kind = _instance_type()
+        if kind is not None and kind not in _WITH_SMDDP:
+            raise ConfigError(
+                f"SMDDPBackend: backend=smddp is for {' and '.join(_WITH_SMDDP)}, and this is {kind}. {_versions()}"
+            )
+        variables = os.environ
+        by_mpi = [name for name in _ITS_MPIRUN if name in variables]
+        if by_mpi and variables.get(_SHARDED, "").lower() != "true":
+            raise ConfigError(
+                f"SMDDPBackend: started by SageMaker's mpirun ({by_mpi[0]}), the library reduces gradients itself and "
+                "allows no process group beside its own, and checkpoints need one. Start with torchrun, or set "
+                f"{_SHARDED}=true for its all-gather alone (backend)."
+            )
+        self._set_buffers()
+        try:
+            importlib.import_module("smdistributed.dataparallel.torch.torch_smddp")
+        except Exception as error:  # it also raises what it likes on a machine that it doesn't support
+            reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ConfigError(f"SMDDPBackend: its library can't be imported: {reason}. {_versions()}") from error
+        if "cuda" not in dist.Backend.backend_capability.get(self.torch_name(), ["cuda"]):
+            return torch.device("cpu")  # says what has registered itself under that name
+        return _gpu(self, launch)
+
+    def _set_buffers(self) -> None:
+        """The library reads them from the environment, where the user may have put them too."""
+        for key, variable in _BUFFERS.items():
+            given, outside = getattr(self, key), os.environ.get(variable)
+            if outside is not None:
+                _refuse_size(key, outside)
+            if given is not None and outside not in (None, str(given)):
+                raise ConfigError(
+                    f"SMDDPBackend: {key}={given}, and the environment has {variable}={outside}. "
+                    f"Leave one of them out (backend.{key})."
+                )
+            if given is not None:
+                os.environ[variable] = str(given)
+
+
+_WITH_SMDDP = ("p4d.24xlarge", "p4de.24xlarge")
+_BUFFERS = {
+    "scratch_bytes": "SMDDP_AG_SCRATCH_BUFFER_SIZE_BYTES",
+    "sort_bytes": "SMDDP_AG_SORT_BUFFER_SIZE_BYTES",
+}
+_PAGE = 8192
+_ITS_MPIRUN = ("SMDATAPARALLEL_USE_SINGLENODE", "SMDATAPARALLEL_USE_HOMOGENEOUS")
+_SHARDED = "SMDATAPARALLEL_OPTIMIZE_SDP"
+
+
+def _refuse_size(key: str, text: str) -> None:
+    if not text.isdigit() or int(text) < _PAGE or int(text) % _PAGE:
+        raise ConfigError(
+            f"SMDDPBackend: {key}={text} is not a multiple of {_PAGE} bytes, without which the library would leave "
+            f"all to NCCL. Try 16777216 (backend.{key}, {_BUFFERS[key]})."
+        )
+
+
+def _versions() -> str:
+    return (
+        "The newest wheel of SMDDP (2.5.0) is for Python 3.11, torch 2.4.1 and CUDA 12.1; here are "
+        f"Python {platform.python_version()}, torch {torch.__version__} and CUDA {torch.version.cuda or 'none'}. "
+        "Use a container of AWS that has it, or backend=nccl (backend)."
+    )
+
+
+def _instance_type() -> str | None:
+    """As far as this machine says so: in SageMaker's variable, or in the tables of EC2's firmware."""
+    if said := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
+        return said.removeprefix("ml.")
+    tables = Path("/sys/devices/virtual/dmi/id")
+    with contextlib.suppress(OSError):
+        if (tables / "sys_vendor").read_text().strip() == "Amazon EC2":
+            return (tables / "product_name").read_text().strip()
+    return None
+
+
+def _gpu(backend: Backend, launch: Launch) -> torch.device:
+    """One for each rank of this machine."""
+    seen = torch.cuda.device_count()
+    if seen < launch.local_size:
+        raise ConfigError(
+            f"{type(backend).__name__}: {launch.local_size} processes on this machine, but {seen} CUDA devices. "
+            f"Start at most {seen} per machine, or use backend=gloo (backend)."
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def check_everywhere(what: str, check: Callable[[], None]) -> None:
+    """Run `check` before ranks connect; it passes on all of them, or fails on all of them.
+
+    Args:
+        what: names the occasion; each rank comes to it equally often.
+        check: looks at this machine alone, for instance whether a library is installed.
+
+    Raises:
+        ConfigError: `check` raised it on some rank; the lowest rank's message, on every rank.
+    """
+    launch = Launch.from_env()
+    store = open_store(launch)
+    number = store.add(f"{what}/{launch.rank}", 1)
+    error: ConfigError | None = None
+    try:
+        check()
+    except ConfigError as caught:
+        error = caught
+    agree(store, launch, f"{what}/checked/{number}", error)
 
 
 def connect_ranks(backend: Backend) -> World:
@@ -111,7 +254,7 @@ def connect_ranks(backend: Backend) -> World:
         torch.cuda.set_device(device)
     if backend.interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = backend.interface
-    elif _on_one_machine(launch) and (loopback := _loopback()):
+    elif launch.on_one_machine and (loopback := _loopback()):
         for library in ("GLOO", "NCCL"):  # nobody else needs to reach these ports
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
     if launch.size == 1 and "MASTER_ADDR" not in os.environ:
@@ -140,9 +283,13 @@ def connect_ranks(backend: Backend) -> World:
     )
 
 
-def _on_one_machine(launch: Launch) -> bool:
-    """Some launchers don't say how many ranks a machine has."""
-    return launch.size == 1 or ("LOCAL_WORLD_SIZE" in os.environ and launch.local_size == launch.size)
+def disconnect_ranks() -> None:
+    """Take down what `connect_ranks` and later groups have set up; nothing if nothing is."""
+    topology = sys.modules.get("torch.distributed.tensor._collective_utils")
+    if topology is not None:  # it remembers every mesh, and with it the groups
+        topology.MeshTopoInfo.build_from_mesh.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _check_interface(backend: Backend) -> None:

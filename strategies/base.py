@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from strategies.activations import ActivationCheckpointing
 from strategies.backends import Backend
+from strategies.elastic import Elastic
 from strategies.precision import Precision
 from strategies.world import World
 
@@ -257,6 +258,7 @@ class Footprint:
     collectives: tuple[Collective, ...]
     host_bytes: int = 0
     """How much of all this lies in host memory instead of the device's."""
+    nvme_bytes: int = 0  # how much lies on NVMe, in neither
 
     @property
     def total_bytes(self) -> int:
@@ -278,13 +280,15 @@ class Strategy(ABC):
     plan and a new model on the same connection.
     """
 
+    def elastic(self) -> Elastic | None:
+        """What `connect` gives its World to go on with when ranks are lost or join; None: the run ends with them."""
+
     @abstractmethod
     def connect(self, backend: Backend) -> World:
         """Start the communication and say who is here.
 
         Raises:
-            ConfigError: this strategy can't run on that many ranks, or the backend not on this
-                machine; on every rank.
+            ConfigError: this strategy can't run on that many ranks, or the backend not on this machine; on every rank.
         """
 
     @abstractmethod
@@ -349,6 +353,23 @@ class Strategy(ABC):
     @abstractmethod
     def state(self, model: nn.Module, optimizer: Optimizer) -> State:
         """The tensors of the run under canonical names. Collective."""
+
+    def weights(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        """`state().weights` alone, for what needs them in every step. Collective."""
+        return self.state(model, optimizer).weights
+
+    @torch.no_grad()
+    def compute_with(self, model: nn.Module, optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+        """Compute with `weights` until they are put back, as evaluating an average does; no step may come between.
+        Collective.
+
+        Args:
+            model: from `setup`.
+            optimizer: from `setup`.
+            weights: by canonical name, as `weights` gave them.
+        """
+        for name, live in self.weights(model, optimizer).items():
+            live.copy_(weights[name])
 
     @abstractmethod
     def state_template(self, model: nn.Module, optimizer: Optimizer) -> State:

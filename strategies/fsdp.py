@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, final
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from strategies._blocks import find_blocks, with_own_parameters
-from strategies._fsdp_memory import cut, most_at_once
+from strategies._fsdp_memory import cut, predicted
+from strategies._fully_sharded import Shards, own_output
 from strategies._torch import TorchStrategy, materialise
-from strategies.backends import Backend, connect_ranks
+from strategies.backends import Backend, connect_ranks, disconnect_ranks
 from strategies.base import (
     Batch,
-    Collective,
     Footprint,
     LossFunction,
     LossSum,
@@ -89,10 +87,7 @@ class FSDPStrategy(TorchStrategy):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._mesh: DeviceMesh | None = None
-        self._parts: list[FSDPModule] = []
-        self._used: set[str] = set()  # in this step, on this rank
-        self._trained: dict[str, nn.Parameter] = {}
-        self._statistics: list[Tensor] = []  # buffers that training changes
+        self._shards: Shards | None = None
         self._refuse_out_of_range()
 
     def connect(self, backend: Backend) -> World:
@@ -109,46 +104,25 @@ class FSDPStrategy(TorchStrategy):
         return world
 
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
-        number = plan.precision.master_dtype.itemsize
         groups = self._groups(world.size, world.local_size)
         ranks = world.size // groups
-        parts = cut(model, ranks, self.wrap, self.wrap_parameters)
-        weights, gradients = (numbers * number // ranks for numbers in (parts.weights, parts.gradients))
-        moments = int(gradients * model.slots_per_parameter)
-        kept = 1.0 if self.sharding is Sharding.grad_op else 1 / (self.reshard_after_forward or math.inf)
-        buffers = most_at_once(parts, ranks=ranks, prefetch=self.prefetch, kept=kept)
-        if plan.accumulation > 1 and not self.reduce_every_micro_batch:
-            buffers += parts.gradients - parts.gradients // ranks  # whole until they are parts
-        return Footprint(
-            weights_bytes=weights,
-            gradients_bytes=gradients,
-            moments_bytes=moments,
-            activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-            buffers_bytes=buffers * number,
-            collectives=self._collectives(model, plan, groups, ranks),
-            host_bytes=weights + gradients + moments if self.cpu_offload else 0,
+        return predicted(
+            model,
+            plan,
+            cut(model, ranks, self.wrap, self.wrap_parameters),
+            ranks=ranks,
+            groups=groups,
+            prefetch=self.prefetch,
+            kept=1.0 if self.sharding is Sharding.grad_op else 1 / (self.reshard_after_forward or math.inf),
+            reduce_every=self.reduce_every_micro_batch,
+            on_host=self.cpu_offload,
         )
 
-    def _collectives(self, model: ModelSpec, plan: Plan, groups: int, ranks: int) -> tuple[Collective, ...]:
-        number = plan.precision.master_dtype.itemsize
-        weights, gradients = model.num_parameters * number, model.num_trainable * number
-        gathers = plan.accumulation * (1 if self.sharding is Sharding.grad_op else 2)
-        reductions = plan.accumulation if self.reduce_every_micro_batch else 1
-        found = []
-        if ranks > 1:
-            found = [
-                Collective(kind="all_gather", payload_bytes=weights, count=gathers, ranks=ranks),
-                Collective(kind="reduce_scatter", payload_bytes=gradients, count=reductions, ranks=ranks),
-            ]
-        if groups > 1:
-            found.append(Collective(kind="all_reduce", payload_bytes=gradients // ranks, count=1, ranks=groups))
-        return tuple(found)
-
     def close(self) -> None:
-        self._world = self._run = self._mesh = None
-        self._parts, self._statistics, self._trained = [], [], {}
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if self._shards is not None:
+            self._shards.close()
+        self._world = self._run = self._mesh = self._shards = None
+        disconnect_ranks()
 
     # What TorchStrategy asks for.
 
@@ -175,40 +149,23 @@ class FSDPStrategy(TorchStrategy):
         reshard = self.reshard_after_forward or self.sharding is not Sharding.grad_op
         blocks = with_own_parameters(model, blocks)  # what is tied has to be gathered together: with the rest
         for part in (*blocks, model):
-            part.register_forward_hook(_own_output)
+            part.register_forward_hook(own_output)
         for block in blocks:
             fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, offload_policy=offload)
         fully_shard(model, mesh=self._mesh, reshard_after_forward=False, offload_policy=offload)
-        assert isinstance(model, FSDPModule)
-        model.set_reduce_scatter_unused_params(True)  # else ranks that use different ones send different lengths
-        self._parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
         self._prefetch([part for part in blocks if isinstance(part, FSDPModule)])
         model = materialise(model, weights, torch.device("cpu") if self.cpu_offload else device, plan.precision)
         if self.cpu_offload:  # what isn't cut isn't brought along for the forward pass
             for part in model.modules():
                 for name, buffer in part.named_buffers(recurse=False):
                     part._buffers[name] = buffer.to(device)
-        self._note_use(model)
-        has_statistics = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
-        self._statistics = list(model.buffers()) if has_statistics else []
+        self._shards = Shards(
+            model,
+            self._connected,
+            groups=self._groups(self._connected.size, self._connected.local_size),
+            every_micro_batch=self.reduce_every_micro_batch,
+        )
         return model
-
-    def _note_use(self, model: nn.Module) -> None:
-        """Hear of each gradient on this rank, at the tensors into which parameters are gathered time and again."""
-        self._used.clear()
-        self._trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-
-        def gathered(module: nn.Module, args: Any) -> None:
-            for name, value in module.named_parameters(prefix=names[module]):
-                if value.requires_grad and not hasattr(value, "placements"):
-                    value.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                        lambda _, name=name: self._used.add(name)
-                    )
-            handles.pop(module).remove()  # once is enough
-
-        parts = set(self._parts)
-        names = {module: name for name, module in model.named_modules() if module in parts}
-        handles = {module: module.register_forward_pre_hook(gathered) for module in names}
 
     def _prefetch(self, blocks: Sequence[FSDPModule]) -> None:
         """Explicitly, where it is more than what torch does anyway."""
@@ -222,51 +179,28 @@ class FSDPStrategy(TorchStrategy):
     def _bare(self, model: nn.Module) -> nn.Module:
         return model
 
-    @contextlib.contextmanager
-    def _synchronised(self, model: nn.Module, last: bool) -> Iterator[None]:
-        root = self._parts[0]
-        if self._set_up.plan.accumulation > 1:
-            root.set_is_last_backward(last)
-            root.set_requires_gradient_sync(last or self.reduce_every_micro_batch)
-            root.set_requires_all_reduce(last)
-        for buffer in self._statistics:  # of rank 0, as under ddp: what is evaluated and saved is one model
-            dist.broadcast(buffer, 0)
-        try:
-            yield
-        except BaseException:
-            root.reset_iter_state()
-            raise
+    def _synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return self._cut.synchronised(last=last, only=self._set_up.plan.accumulation == 1)
+
+    @property
+    def _cut(self) -> Shards:
+        assert self._shards is not None, "setup() comes first"
+        return self._shards
 
     def evaluate(self, model: nn.Module, batch: Batch, loss_function: LossFunction) -> LossSum:
         try:
             return super().evaluate(model, batch, loss_function)
         finally:
-            self._cut_again()
+            self._cut.cut_again()
 
     def predict(self, model: nn.Module, batch: Batch) -> Any:
         try:
             return super().predict(model, batch)
         finally:
-            self._cut_again()
-
-    def _cut_again(self) -> None:
-        """No backward pass follows that would do it."""
-        for part in self._parts:
-            part.reshard()
+            self._cut.cut_again()
 
     def _global_norm(self, norm: Tensor) -> Tensor:
-        """Also takes the zeros away that were reduced for what no rank has used; a rank that used all needn't know."""
-        world, missing = self._connected, len(self._used) < len(self._trained)
-        told = torch.ones(1 + len(self._trained), device=world.device, dtype=torch.float64)
-        if missing:
-            told[1:] = torch.tensor([name in self._used for name in self._trained])
-        told[0] = norm.to(world.device, torch.float64).square() / self._groups(world.size, world.local_size)
-        dist.all_reduce(told)
-        if missing:
-            for value, count in zip(self._trained.values(), told[1:].tolist(), strict=True):
-                value.grad = value.grad if count else None
-        self._used.clear()
-        return told[0].sqrt().to(norm.device, norm.dtype)
+        return self._cut.global_norm(norm)
 
     def _communication_s(self, model: nn.Module) -> float | None:
         return None
@@ -344,13 +278,6 @@ class FSDPStrategy(TorchStrategy):
                 f"Choose {_divisors(size, whole=True)} (strategy.shard_size)."
             )
         return ranks
-
-
-def _own_output(module: nn.Module, args: Any, output: Any) -> Any:
-    """Of a part that ends in a view (a `nn.Linear` with a bias does): an in-place operation on a view would lose the
-    hook that gathers the part's weights for its backward pass.
-    """
-    return tree_map_only(Tensor, lambda value: value.clone() if value._is_view() else value, output)
 
 
 def _divisors(number: int, *, whole: bool = False) -> str:

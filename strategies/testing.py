@@ -106,6 +106,8 @@ class StrategyContract(Recipe, ABC):
         self.check_against_reference(workers, size, replace(job, accumulation=accumulation))
 
     def test_fp32_losses_equal_one_process(self, workers: Workers, size: int, accumulation: int) -> None:
+        if self.exact == "fp32":
+            pytest.skip("a rule of test_training_equals_one_process")
         job = replace(RULES["adamw"], numbers="fp32", steps=_TWENTY, accumulation=accumulation)
         record, wanted = self.train(workers, size, job), self.reference(workers, job)
         check_numbers(record.losses, wanted.losses, absolute=self.loss_tolerance["fp32"], what="loss")
@@ -268,7 +270,7 @@ class StrategyContract(Recipe, ABC):
     def test_nothing_is_left_after_close(self, workers: Workers, size: int) -> None:
         job = Job(numbers=self.exact)
         answers = workers.run(jobs.connect_again_job, size, type(self), job, timeout=60.0)
-        assert all(clean for clean, _ in answers), "a process group is left after close"
+        assert not any(left for left, _ in answers), f"left after close: {[left for left, _ in answers]}"
         self.check_record(answers[0][1], self.reference(workers, job))
 
     def test_set_up_again_on_the_same_connection(self, workers: Workers) -> None:

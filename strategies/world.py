@@ -10,14 +10,18 @@ import contextlib
 import functools
 import json
 import os
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from strategies.elastic import Elastic
 from strategies.errors import ConfigError
 
 ReduceOp = Literal["sum", "min", "max"]
@@ -25,6 +29,13 @@ T = TypeVar("T")
 
 _WAIT = timedelta(days=7)  # a dead rank is noticed by the launcher, a slow one is waited for
 _FAREWELL = timedelta(seconds=30)
+_MEET_S = 600
+
+
+# How launchers name the same four numbers: rank, ranks in all, rank on this machine, ranks of this machine.
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_HOROVODRUN = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
+_MPIRUN = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,23 +47,31 @@ class Launch:
     size: int = 1
     local_size: int = 1
     restart: int = 0
+    on_one_machine: bool = field(default=True, compare=False)
+    """All ranks are known to be here; some launchers don't say how many ranks a machine has."""
+    by_mpi: bool = field(default=False, compare=False)
+    """Open MPI's mpirun is the launcher."""
 
     @classmethod
     def from_env(cls) -> Launch:
-        """Read the variables that torchrun sets; without them, the process is alone.
+        """Read the variables that torchrun, horovodrun or Open MPI's mpirun set; without any, the process is alone.
 
         Raises:
             ConfigError: a variable is missing beside the others, or isn't a number.
         """
-        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        launchers = (_TORCHRUN, _HOROVODRUN, _MPIRUN)
+        names = next((names for names in launchers if any(name in os.environ for name in names[:2])), None)
+        if names is None:
             return cls()
-        rank, size = _env_number("RANK"), _env_number("WORLD_SIZE")
+        rank, size = _env_number(names[0]), _env_number(names[1])
         launch = cls(
             rank=rank,
-            local_rank=_env_number("LOCAL_RANK", rank),
+            local_rank=_env_number(names[2], rank),
             size=size,
-            local_size=_env_number("LOCAL_WORLD_SIZE", size),
+            local_size=_env_number(names[3], size),
             restart=_env_number("TORCHELASTIC_RESTART_COUNT", 0),
+            on_one_machine=size == 1 or os.environ.get(names[3]) == str(size),
+            by_mpi=names is _MPIRUN,
         )
         if not 0 <= launch.rank < launch.size:
             raise ConfigError(
@@ -83,9 +102,63 @@ def open_store(launch: Launch) -> dist.Store:
     """
     if launch.size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size))
+    if "MASTER_PORT" in os.environ:
+        store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size))
+    else:
+        store = _meet(launch)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
     return dist.PrefixStore(f"shardwright/{run}/{launch.restart}", store)
+
+
+def _meet(launch: Launch) -> dist.Store:
+    """A store on rank 0, at a port that it chooses and that the launcher's own means make known to the others.
+
+    Raises:
+        ConfigError: the launcher has no such means.
+    """
+    note = _note_at_horovodrun if "HOROVOD_GLOO_RENDEZVOUS_PORT" in os.environ else _note_at_mpirun
+    if note is _note_at_mpirun and not (launch.by_mpi and launch.on_one_machine and "PMIX_SERVER_TMPDIR" in os.environ):
+        raise ConfigError(
+            "Launch: nothing says where the ranks meet. Give all of them rank 0's address and a free port, as in "
+            "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 (MASTER_ADDR, MASTER_PORT), or start them with torchrun."
+        )
+    if launch.rank == 0:
+        host = "127.0.0.1" if launch.on_one_machine else os.environ["HOROVOD_HOSTNAME"]
+        with socket.create_server((host if launch.on_one_machine else "", 0), backlog=1024) as listening:
+            port = int(listening.getsockname()[1])
+            store = dist.TCPStore(
+                host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+            )
+        note(f"{host} {port}")
+        return store
+    end = time.monotonic() + _MEET_S
+    while not (found := note(None)):
+        if time.monotonic() > end:
+            raise ConfigError(f"Launch: rank 0 wasn't there within {_MEET_S} s. Look at what it says, and start again.")
+        time.sleep(0.05)
+    host, text = found.split()
+    return dist.TCPStore(host, int(text), is_master=False, wait_for_workers=False)
+
+
+def _note_at_horovodrun(text: str | None) -> str:
+    """Leave `text` at the server that horovodrun keeps, or read what is there; empty: nothing yet."""
+    import http.client
+
+    host, port = (os.environ[f"HOROVOD_GLOO_RENDEZVOUS_{name}"] for name in ("ADDR", "PORT"))
+    with contextlib.closing(http.client.HTTPConnection(host, int(port), timeout=30)) as connection:
+        connection.request("GET" if text is None else "PUT", "/shardwright/store", body=text)
+        answer = connection.getresponse()
+        return answer.read().decode() if answer.status == http.HTTPStatus.OK else ""
+
+
+def _note_at_mpirun(text: str | None) -> str:
+    """The same in the folder that mpirun makes for a job on this machine, and takes away after it."""
+    path = Path(os.environ["PMIX_SERVER_TMPDIR"], "shardwright-store")
+    if text is not None:
+        unfinished = path.with_suffix(".new")
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    return path.read_text() if path.exists() else ""
 
 
 def publish(store: dist.Store, launch: Launch, key: str, make: Callable[[], str]) -> str:
@@ -164,6 +237,8 @@ class World:
     store: dist.Store
     control: dist.ProcessGroup | None = None
     checkpoint: dist.ProcessGroup | None = None
+    elastic: Elastic | None = None
+    """How to go on when ranks are lost or join; None: the run ends with any of them."""
 
     def reduce(self, values: Sequence[float], op: ReduceOp = "sum", *, votes: Sequence[float] = ()) -> list[float]:
         """Combine a few numbers over the data-parallel ranks; equal on every rank.

@@ -181,6 +181,9 @@ CONTRADICTIONS = {
     "loss_scale_without_half_precision": bad("precision.loss_scale=5", "loss_scale=5", "fp32", "precision.loss_scale"),
     "precision_that_the_device_lacks": bad("precision=tf32", "tf32", "cpu", "(precision)"),
     "backend_that_the_machine_lacks": bad("backend=nccl", "NCCL", "CUDA", "(backend)"),
+    "backend_of_machines_of_aws": bad("backend=smddp", "torch 2.4.1", "CUDA 12.1", "backend=nccl", "(backend)"),
+    "backend_with_odd_buffers": bad("backend=smddp backend.sort_bytes=10000", "sort_bytes=10000", "8192", "backend.sort_bytes"),
+    "accelerate_without_its_file": bad("strategy=accelerate strategy.config_path={files}/none.yaml", "none.yaml", "strategy.config_path"),
     "hook_that_the_backend_lacks": bad("strategy.hook=bf16 backend=gloo", "hook=bf16", "gloo", "strategy.hook"),
     "graph_static_and_changing": bad("strategy.static_graph=true strategy.find_unused=true", "static_graph", "find_unused"),
     "powersgd_settings_without_powersgd": bad("strategy.powersgd_rank=2", "powersgd_rank=2", "hook=none", "strategy.powersgd_rank"),
@@ -229,6 +232,9 @@ SHARDING = {
     "wrap_by_class_and_size": bad("strategy=fsdp_full strategy.wrap=[Linear] strategy.wrap_parameters=10", "wrap and wrap_parameters", "strategy.wrap", sizes=(1,)),
     "wrap_of_negative_size": bad("strategy=fsdp_full strategy.wrap_parameters=-1", "wrap_parameters=-1", "strategy.wrap_parameters", sizes=(1,)),
     "prefetch_zero": bad("strategy=fsdp_full strategy.prefetch=0", "prefetch=0", "strategy.prefetch", sizes=(1,)),
+    "horovod_commit_never": bad("strategy=horovod strategy.commit_every=0", "commit_every=0", "strategy.commit_every", sizes=(1,)),
+    "horovod_op_unknown": bad("strategy=horovod strategy.op=mean", "strategy.op", "mean", "average", sizes=(1,)),
+    "horovod_compression_unknown": bad("strategy=horovod strategy.compression=bf16", "strategy.compression", "bf16", "fp16", sizes=(1,)),
     "setting_of_another_strategy": bad("strategy=fsdp_full strategy.bucket_mb=1", "strategy.bucket_mb", "no key", sizes=(1,)),
 }  # fmt: skip
 
@@ -397,6 +403,9 @@ def test_start_wrong_is_refused_in_one_line_and_nothing_is_lost(
 def test_every_strategy_trains_alone(workers: Workers, finished: Path, tmp_path: Path, strategy: str) -> None:
     words = [*BASE, "trainer.max_steps=1", f"run.dir={tmp_path}/run", f"cache={finished.parent}/cache"]
     [ended] = workers.run(start, 1, [*words, f"strategy={strategy}"], timeout=60)
+    reasons = ("isn't installed", "is not installed", "these ranks weren't started by it", "lies in memory")
+    if ended.code == 2 and any(reason in ended.err for reason in reasons):
+        pytest.skip(ended.err)
     assert (ended.code, ended.err) == (0, "")
 
 

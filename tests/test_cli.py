@@ -160,15 +160,16 @@ def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
     return int(end.value.code or 0), out, err
 
 
-@pytest.mark.parametrize("name", ["launch", "plan", "doctor", "export", "report"])
+@pytest.mark.parametrize("name", ["launch", "plan", "doctor", "export", "generate", "report"])
 def test_main_help_of_each_command_explains_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, err = called(capsys, name, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: shardwright {name}")
 
 
-def test_main_help_needs_no_torch() -> None:
-    words = "import sys; sys.modules['torch'] = None; from trainer.cli import main; main(['export', '--help'])"
+@pytest.mark.parametrize("name", ["export", "generate"])
+def test_main_help_needs_no_torch(name: str) -> None:
+    words = f"import sys; sys.modules['torch'] = None; from trainer.cli import main; main(['{name}', '--help'])"
     found = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (found.returncode, found.stderr) == (0, "")
 
@@ -177,7 +178,7 @@ def test_main_help_needs_no_torch() -> None:
 def test_main_help_names_every_command(capsys: pytest.CaptureFixture[str], word: str) -> None:
     code, out, _ = called(capsys, word)
     assert code == 0
-    for name in ("train", "launch", "plan", "doctor", "export", "report"):
+    for name in ("train", "launch", "plan", "doctor", "export", "generate", "report"):
         assert f"\n  {name} " in out
 
 
@@ -200,6 +201,8 @@ def test_main_without_a_command_is_wrong_and_helps(capsys: pytest.CaptureFixture
         (["xyz"], ["xyz", "Choices: train, launch"]),
         (["export", "runs/a"], ["target", "--help"]),
         (["export", "runs/a", "b", "c"], ["c"]),
+        (["generate"], ["source", "--help"]),
+        (["generate", "nowhere", "a", "--top-p", "2"], ["--top-p=2.0"]),
         (["launch", "--nproc-per-node", "two"], ["--nproc-per-node", "two"]),
         (["launch", "--nproc-per-node", "0"], ["--nproc-per-node=0"]),
         (["launch", "--max-restarts", "-1"], ["--max-restarts=-1"]),

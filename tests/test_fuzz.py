@@ -64,7 +64,7 @@ ELSEWHERE = {"run.dir", "run.name", "cache", "checkpoint.folder"}
 """Paths are drawn from those below a folder of the test's own, or broken."""
 ELSEWHERE_VALUES = ("{own}/a", "{own}/é ü", "''", "/proc/nothing", "{files}/text.txt", "..", "null", "[1]",
                     "'{own}/b c'", "{own}/" + "y" * 300)  # fmt: skip
-ABSENT = {"backend=nccl", "precision=tf32", "logger=wandb", "logger=mlflow", "data=hub"}
+ABSENT = {"backend=nccl", "backend=smddp", "precision=tf32", "logger=wandb", "logger=mlflow", "data=hub"}
 """Refused here whatever else is said."""
 
 

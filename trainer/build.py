@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from strategies.backends import Backend
 from strategies.base import Strategy
+from strategies.elastic import Elastic, RanksChanged
 from strategies.errors import ConfigError, TrainingError
 from strategies.precision import Numbers, Precision
-from trainer.config import each_of, made
+from trainer.config import each_of, made, resolved
 from trainer.first_import import first_import_of
 from trainer.host_memory import keep_freed_memory
 from trainer.job import Job
-from trainer.liveness import Liveness
+from trainer.liveness import Liveness, is_broken_connection
 from trainer.metrics.logs import LOGGER, set_up_logs
 from trainer.run_folder import RunFolder, run_name
 from trainer.secrets import learn, redacted
@@ -39,13 +41,15 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
         ConfigError: something in it is wrong; on every rank.
         TrainingError: the run can't go on.
     """
-    plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
+    plain = resolved(config)
     learn(plain)
     parts = {str(name): made(config[name]) for name in config if isinstance(config[name], DictConfig)}
     trainer, strategy = cast(Trainer, parts["trainer"]), cast(Strategy, parts["strategy"])
+    if config.compile:
+        cast(Backend, parts["backend"]).refuse_compiling()
     for group in _MAKERS:
         refuse_both(trainer, group, choices.get(group))
-    with _claimed(parts, plain, choices) as folder:
+    with _beginning_again(strategy.elastic()), _claimed(parts, plain, choices) as folder:
         _set_numerics(parts["precision"], config.deterministic)
         world = strategy.connect(parts["backend"])
         if world.device.type == "cpu":
@@ -89,6 +93,23 @@ def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, st
 
 
 @contextmanager
+def _beginning_again(elastic: Elastic | None) -> Iterator[None]:
+    """Around all that may fail for want of another rank."""
+    try:
+        yield
+    except Exception as error:
+        _begin_again(elastic, error)
+        raise
+
+
+def _begin_again(elastic: Elastic | None, error: Exception) -> None:
+    """Returns where that isn't what to do."""
+    if elastic is not None and (isinstance(error, RanksChanged) or is_broken_connection(error)):
+        LOGGER.info("begins again", exc_info=True)
+        elastic.rejoin(str(error) if isinstance(error, RanksChanged) else "it has lost another rank")
+
+
+@contextmanager
 def _one_traceback(job: Job, folder: RunFolder, liveness: Liveness) -> Iterator[None]:
     """The first rank that fails shows why; the others, who fail for want of it, say only who that was.
 
@@ -100,6 +121,7 @@ def _one_traceback(job: Job, folder: RunFolder, liveness: Liveness) -> Iterator[
     try:
         yield
     except Exception as error:
+        _begin_again(world.elastic, error)
         expected = isinstance(error, (ConfigError, TrainingError)) and not isinstance(error, OutOfMemoryError)
         if not expected:
             LOGGER.exception("failed")

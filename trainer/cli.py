@@ -213,6 +213,7 @@ def _version() -> str:
 def _usage() -> str:
     from trainer.commands import COMMANDS
 
-    lines = ["usage: shardwright COMMAND [arguments]", "", "  train    train as the configuration says"]
-    lines += [f"  {name:<8} {command.help}" for name, command in COMMANDS.items()]
+    told = {"train": "train as the configuration says"} | {name: command.help for name, command in COMMANDS.items()}
+    lines = ["usage: shardwright COMMAND [arguments]", ""]
+    lines += [f"  {name:<{max(map(len, told))}}  {text}" for name, text in told.items()]
     return "\n".join([*lines, "", "Each command explains itself with --help.", ""])

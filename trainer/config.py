@@ -22,7 +22,7 @@ from omegaconf import MISSING, Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import strategies
-from strategies.backends import AutoBackend, GlooBackend, NCCLBackend
+from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, SMDDPBackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
 from trainer import checkpoint, data, hooks, metrics, models, optim, schedule
@@ -73,6 +73,7 @@ _SCHEMAS: tuple[type, ...] = (
     AutoBackend,
     GlooBackend,
     NCCLBackend,
+    SMDDPBackend,
     Precision,
     *checkpoint.SCHEMAS,
     *data.SCHEMAS,
@@ -207,10 +208,15 @@ def compose(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) ->
     Raises:
         ConfigError: as the command line would.
     """
+    return composed(overrides, trainer_class)[0]
+
+
+def composed(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) -> tuple[DictConfig, dict[str, str]]:
+    """The same, and the option chosen in each group."""
     register_schemas(trainer_class)
-    config, _ = _opening_dicts(overrides, _composed)
+    config, choices = _opening_dicts(overrides, _composed)
     refuse_wrong(config)
-    return config
+    return config, choices
 
 
 def _called(call: Callable[[], None], words: list[str]) -> None:
@@ -249,6 +255,11 @@ def _missing_in_dict(error: BaseException | None) -> str | None:
         return None
     free = not dataclasses.is_dataclass(OmegaConf.get_type(error.parent_node))
     return str(error.full_key) if free else None
+
+
+def resolved(config: DictConfig) -> dict[str, Any]:
+    """The configuration as plain values, to be kept with a run; secrets are still in it."""
+    return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True, enum_to_str=True))
 
 
 def made(node: DictConfig) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -57,18 +57,21 @@ class WeightAverage:
             torch._foreach_lerp_(left, right, 1 - self.decay)
 
     @contextlib.contextmanager
-    def swapped(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """Inside, the live `weights` hold the average; afterwards, bit for bit what they held before.
+    def swapped(
+        self, weights: Mapping[str, Tensor], compute_with: Callable[[Mapping[str, Tensor]], None]
+    ) -> Iterator[None]:
+        """Inside, the model computes with the average; afterwards, with bit for bit what it had before.
 
         Args:
-            weights: canonical name -> live tensor.
+            weights: canonical name -> tensor, as it is now; may be live.
+            compute_with: makes the model compute with the tensors that it is given.
         """
         held = {name: value.detach().clone() for name, value in weights.items()}
         try:
-            _write(weights, self._tensors)
+            compute_with(self._tensors)
             yield
         finally:
-            _write(weights, held)
+            compute_with(held)
 
     def tensors(self) -> dict[str, Tensor]:
         """The average by canonical name, for a checkpoint; empty before the first update."""
@@ -98,9 +101,3 @@ def _by_kind(left: list[Tensor], right: list[Tensor]) -> Iterator[tuple[list[Ten
         group[0].append(mine)
         group[1].append(theirs)
     yield from groups.values()
-
-
-@torch.no_grad()
-def _write(targets: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> None:
-    for name, target in targets.items():
-        target.copy_(sources[name])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from strategies.base import Batch
+from strategies.elastic import RanksChanged
 from strategies.world import World
 from trainer.stop import StopRequest
 
@@ -59,6 +60,9 @@ class Feed:
             wish: why this rank wants to end the run, if it does; one rank's is enough.
             most: steps from this one on after which a rank may have such a wish, or does something besides
                 steps; the same on every rank.
+
+        Raises:
+            RanksChanged: there are to be more ranks, or fewer; on every rank.
         """
         if not self._agreed:
             self._agree(wish, min(most, self._at_once))
@@ -73,15 +77,15 @@ class Feed:
         while len(self._loaded) < count:
             self._loaded.append(next(self._steps))
         steps = [self._loaded.popleft() for _ in range(count)]
-        request = self._request
-        *sums, wishes, signalled, numbers, late, seconds = self._world.reduce(
+        request, elastic = self._request, self._world.elastic
+        *sums, wishes, signalled, numbers, late, changed, seconds = self._world.reduce(
             [
                 *(sum(batch.num_targets for batch in batches) for batches in steps),
                 *(sum(batch.num_tokens for batch in batches) for batches in steps),
             ],
             votes=[
                 wish is not None, request.signal != 0, request.signal, request.out_of_time(),
-                self._seconds_per_step(count),
+                elastic is not None and elastic.changed(), self._seconds_per_step(count),
             ],
         )  # fmt: skip
         if seconds > 0:
@@ -93,6 +97,8 @@ class Feed:
             stop = f"stopped by {_name(numbers / signalled)}"
         elif late:
             stop = "stopped by the time limit (trainer.max_time)"
+        if changed and stop is None:
+            raise RanksChanged("the hosts have changed")
         for batches, targets, tokens in zip(steps, sums[:count], sums[count:], strict=True):
             self._agreed.append(
                 GlobalStep(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,15 @@ from trainer.metrics.events import read_events
 from trainer.progress import Progress
 from trainer.random_state import capture, derive, restore, seed_all
 from trainer.run_folder import differences
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What ranks that begin again kept in memory."""
+
+    record: Record
+    tensors: dict[str, Tensor]
+    address: str = "the last commit, in memory"
 
 
 @dataclass(kw_only=True)
@@ -44,6 +54,14 @@ class Keeper:
         """The strategy's canonical state."""
         return self.job.strategy.state(self.parts.model, self.parts.optimizer)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of it."""
+        return self.job.strategy.weights(self.parts.model, self.parts.optimizer)
+
+    def compute_with(self, weights: Mapping[str, Tensor]) -> None:
+        """Evaluate `weights` instead of the model's own."""
+        self.job.strategy.compute_with(self.parts.model, self.parts.optimizer, weights)
+
     def save(self, progress: Progress, **more: Any) -> None:
         """Write a checkpoint, or begin to.
 
@@ -53,7 +71,18 @@ class Keeper:
         """
         state, rank = self.state(), self.job.world.rank
         local = self._local(state)
-        record = Record(
+        record = self._record(progress, state, local=sorted(local), **more)
+        self.files.save(self._shared(state), {f"local/{rank}/{name}": value for name, value in local.items()}, record)
+
+    def commit(self, progress: Progress, **more: Any) -> None:
+        """Keep in memory what ranks go on from that have lost others; the arguments are those of `save`."""
+        assert self.job.world.elastic is not None
+        state = self.state()
+        note = json.dumps(asdict(self._record(progress, state, **more)))
+        self.job.world.elastic.commit(progress.step, note, self._shared(state))
+
+    def _record(self, progress: Progress, state: State, **more: Any) -> Record:
+        return Record(
             progress=progress.to_json(),
             world_size=self.job.world.size,
             scaler=state.scaler,
@@ -61,12 +90,10 @@ class Keeper:
             hooks={name: hook.state() for name, hook in self.job.hooks.items()},
             config=dict(self.job.config),
             choices=dict(self.job.choices),
-            local=sorted(local),
             average=self.average is not None,
             save_s=self.save_s,
             **more,
         )
-        self.files.save(self._shared(state), {f"local/{rank}/{name}": value for name, value in local.items()}, record)
 
     def prepare(self) -> None:
         """After a step, when all moments are there: what later saves can have ready."""
@@ -85,13 +112,16 @@ class Keeper:
             self.save_s = saved.seconds
         return saved
 
-    def to_resume(self) -> Found | None:
-        """The checkpoint to go on from; None: begin afresh.
+    def to_resume(self) -> Found | Commit | None:
+        """The checkpoint to go on from, or the commit where that is newer; None: begin afresh.
 
         Raises:
             ConfigError: what `resume` asks for isn't there or isn't whole, or would overwrite newer checkpoints.
         """
         wish = self.job.resume
+        if (commit := self._committed()) is not None:
+            newest = self.files.newest_step()
+            return commit if newest is None or newest <= commit.record.progress["step"] else self.files.newest()
         if wish == "auto":
             found = self.files.newest()
             if found is None:
@@ -117,6 +147,12 @@ class Keeper:
             )
         return self.files.newest() if step is None else self.files.at(step)
 
+    def _committed(self) -> Commit | None:
+        elastic = self.job.world.elastic
+        if elastic is None or (kept := elastic.committed()) is None:
+            return None
+        return Commit(record=Record(**json.loads(kept[0])), tensors=kept[1])
+
     def _refuse_to_begin_again(self) -> None:
         """Where checkpoints were written once and none is seen now, beginning afresh would bury what was learned."""
         steps = [event.get("step") for event in read_events(self.job.folder) if event["event"] == "checkpoint"]
@@ -135,8 +171,8 @@ class Keeper:
             )
         return found
 
-    def load(self, found: Found) -> tuple[Progress, Record]:
-        """Take up a checkpoint, whichever strategy and however many ranks wrote it.
+    def load(self, found: Found | Commit) -> tuple[Progress, Record]:
+        """Take up a checkpoint, whichever strategy and however many ranks wrote it; or a commit.
 
         Returns:
             How far it had come, and what else was noted with it.
@@ -146,17 +182,21 @@ class Keeper:
         """
         job, world = self.job, self.job.world
         with world.together():
-            record = self.files.read_record(found)
+            record = found.record if isinstance(found, Commit) else self.files.read_record(found)
         template = job.strategy.state_template(self.parts.model, self.parts.optimizer)
         tensors, mine = _tensors(template), dict[str, Tensor]()
-        if record.world_size == world.size:
+        if record.world_size == world.size and record.local:
             mine = {name: value for name, value in self._local(template).items() if name in record.local}
             tensors |= {f"local/{world.rank}/{name}": value for name, value in mine.items()}
         averages: dict[str, Tensor] = {}
         if self.average is not None and record.average:
             averages = {name: torch.zeros_like(value) for name, value in template.weights.items()}
             tensors |= {f"average/{name}": value for name, value in averages.items()}
-        self.files.load(found, tensors)
+        if isinstance(found, Commit):
+            for name, value in tensors.items():
+                value.detach().copy_(found.tensors[name])
+        else:
+            self.files.load(found, tensors)
         self.save_s = record.save_s
         template.scaler, template.local = record.scaler, _part(mine, "strategy.")
         job.strategy.load_state(self.parts.model, self.parts.optimizer, template)
@@ -165,7 +205,7 @@ class Keeper:
         for name, hook in job.hooks.items():
             hook.load_state(record.hooks.get(name, {}))
         progress = Progress(**_typed(record.progress))
-        self._restore_random(_part(mine, "rng."), record, progress)
+        self._restore_random(_part(mine, "rng."), found, record, progress)
         return progress, record
 
     def changes(self, record: Record) -> list[str]:
@@ -180,17 +220,19 @@ class Keeper:
             *differences(record.config, self.job.config, others),
         ]
 
-    def _restore_random(self, streams: dict[str, Tensor], record: Record, progress: Progress) -> None:
+    def _restore_random(
+        self, streams: dict[str, Tensor], found: Found | Commit, record: Record, progress: Progress
+    ) -> None:
         """A rank's own streams if there are as many ranks as there were; else all anew, by one rule for every rank."""
         # Also first, for a device whose stream the checkpoint doesn't have: it would begin again as at step 0.
         seed_all(derive(self.job.seed, "rank", self.job.world.data_rank, "step", progress.step))
         if streams:
             restore(streams, self.job.world.device)
             return
-        self.say(
-            f"written by {record.world_size} ranks, this run has {self.job.world.size}: random streams (dropout) are "
-            "derived anew from seed, rank and step"
-        )
+        ranks = f"written by {record.world_size} ranks, this run has {self.job.world.size}"
+        elsewhere = "ranks were lost or joined" if isinstance(found, Commit) else "read in from elsewhere"
+        why = ranks if record.local else elsewhere
+        self.say(f"{why}: random streams (dropout) are derived anew from seed, rank and step")
 
     def _local(self, state: State) -> dict[str, Tensor]:
         streams = {f"rng.{name}": value for name, value in capture(self.job.world.device).items()}

@@ -122,7 +122,7 @@ class Liveness:
 
         None: nobody is, or another rank failed with an error of its own and says so itself.
         """
-        if self._thread is None or not _is_broken_connection(error):
+        if self._thread is None or not is_broken_connection(error):
             return None
         end = time.monotonic() + _LEAVE_S
         while time.monotonic() < end:
@@ -208,6 +208,9 @@ class Liveness:
         first = self._peers.get(0)
         hosted_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         is_gone = first is not None and first.machine == _machine() and first.is_gone()
+        if self._world.elastic is not None:  # also where it only begins again
+            self._verdict = "rank 0 is gone, and with it what the ranks share"
+            return
         if is_gone and (hosted_it or missing_s > _SURE_S):
             self._verdict = self._words(0)
             return
@@ -228,6 +231,8 @@ class Liveness:
         """The main thread doesn't come out of its waiting: say why, from one rank, and leave."""
         line = f"TrainingError: {self._verdict or self._failed_elsewhere()}"
         LOGGER.error(line)
+        if self._world.elastic is not None:
+            self._world.elastic.rejoin("another rank is gone, and it waits in vain")
         mine, first = f"{self._world.rank}: {line}", ""
         with contextlib.suppress(RuntimeError, OSError):
             first = "" if self._store_gone_at else self._store.compare_set("said", "", mine).decode()
@@ -255,7 +260,8 @@ class Liveness:
         self._store.set(f"{self._prefix}/{key}", value)
 
 
-def _is_broken_connection(error: Exception) -> bool:
+def is_broken_connection(error: Exception) -> bool:
+    """Whether `error` is what a rank hears when another one is gone."""
     text = str(error).lower()
     words = ("gloo", "connection", "nccl", "broken pipe", "socket")
     return isinstance(error, dist.DistError) or (

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from strategies.base import Batch
+from strategies.elastic import RanksChanged
 from strategies.errors import ConfigError
 from strategies.world import Launch, World
 from trainer.assembly import Parts
@@ -234,7 +235,8 @@ class Observer:
             error: what ended the run; None: nothing did, or nobody knows.
         """
         if error is not None:
-            self._end("failed", f"{type(error).__name__}: {error}")
+            outcome = "left" if isinstance(error, RanksChanged) else "failed"
+            self._end(outcome, f"{type(error).__name__}: {error}")
         self._display.close()
         self._loggers.close()
         if self._file is not None:

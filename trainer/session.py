@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from strategies.base import Batch, LossSum, LossTerms, StepInfo
+from strategies.elastic import RanksChanged
 from strategies.errors import TrainingError
 from trainer.assembly import assemble, workers_of
 from trainer.continuity import Continuity
@@ -20,7 +22,7 @@ from trainer.evaluation import EvaluationStopped, as_ratios, evaluate_batches, u
 from trainer.feed import AT_ONCE_S, Feed, GlobalStep
 from trainer.hooks.base import Moment
 from trainer.job import Job
-from trainer.keeper import Keeper
+from trainer.keeper import Commit, Keeper
 from trainer.observer import Observer
 from trainer.progress import Progress
 from trainer.shortage import told
@@ -119,14 +121,14 @@ class Session:
         if found is not None:
             self.progress, record = self.keeper.load(found)
             changes = self.keeper.changes(record)
-            self._saved_at = self.progress.step
+            self._saved_at = None if isinstance(found, Commit) else self.progress.step
             self._evaluation_due = record.evaluation_due
             self._continuity.resume(record.recent)
             say(f"going on from {found.address} (step {self.progress.step})")
             for change in changes:
                 say(f"changed since then: {change}")
         if self.average is not None and not self.average.tensors():
-            self.average.update(self.keeper.state().weights)
+            self.average.update(self.keeper.weights())
         self._begun_at = self.progress.step
         self._feed = Feed(self.parts.loader.steps(self.progress.samples), self.world, self.request)
         self.total_steps, self.limit = self.parts.limits.steps_in_all(self.progress)
@@ -134,6 +136,7 @@ class Session:
         say(self.parts.describe(self.world, f"{end} ({self.limit})"))
         address = None if found is None else found.address
         self.observer.open(self.progress, self.parts, self.total_steps, changes, address)
+        self.commit(now=True)
         self.request.listen()
         self._call_hooks("on_start")
         if self._evaluation_due and self.due(self.trainer.eval_every):
@@ -144,8 +147,12 @@ class Session:
         if self.total_steps is not None and self.progress.step >= self.total_steps:
             self.reason = f"reached step {self.progress.step} ({self.limit})"
             return None
-        with self.clock.measure("data"):
-            step = self._feed.next(self._wish, self._steps_alone())
+        try:
+            with self.clock.measure("data"):
+                step = self._feed.next(self._wish, self._steps_alone())
+        except RanksChanged:
+            self.commit(now=True)
+            raise
         self.reason, self._stopped = step.stop, step.interrupted
         return step if self.reason is None else None
 
@@ -173,7 +180,7 @@ class Session:
         if len(self._skips) > _UNREAD:
             self._read_skips()
         if self.average is not None:
-            self.average.update(self.keeper.state().weights)
+            self.average.update(self.keeper.weights())
         self._fresh = {}
         if self.progress.step == self._begun_at + 1:
             self.keeper.prepare()
@@ -275,7 +282,7 @@ class Session:
             with self.clock.measure("evaluation"):
                 found = {f"val_{name}": value for name, value in self._evaluated(limit).items()}
                 if self.average is not None:
-                    with self.average.swapped(self.keeper.state().weights):
+                    with self.average.swapped(self.keeper.weights(), self.keeper.compute_with):
                         found |= {f"ema_val_{name}": value for name, value in self._evaluated(limit).items()}
         except EvaluationStopped:
             self._evaluation_due = True
@@ -314,16 +321,22 @@ class Session:
         if self._saved_at == self.progress.step:
             return
         with self.clock.measure("checkpoint"), self.observer.saving():
-            self._read_skips()
-            self.progress.seconds += self.clock.lap()
-            self.keeper.save(
-                self.progress,
-                metrics=self._fresh,
-                recent=self._continuity.recent,
-                evaluation_due=self._evaluation_due,
-            )
+            self._keep(self.keeper.save)
         self._saved_at = self.progress.step
         self._note_saved()
+
+    def commit(self, *, now: bool = False) -> None:
+        """Where ranks may be lost and others go on: keep in memory what they go on from, if it is time."""
+        elastic = self.world.elastic
+        if elastic is not None and (now or self.due(elastic.commit_every)):
+            with self.clock.measure("checkpoint"):
+                self._keep(self.keeper.commit)
+
+    def _keep(self, write: Callable[..., None]) -> None:
+        self._read_skips()
+        self.progress.seconds += self.clock.lap()
+        recent, due = self._continuity.recent, self._evaluation_due
+        write(self.progress, metrics=self._fresh, recent=recent, evaluation_due=due)
 
     def _note_saved(self) -> None:
         """Say so once a checkpoint is complete."""

@@ -176,4 +176,4 @@ def _fewer_samples(plan: Plan) -> int | None:
 
 def _bytes(it: Footprint, world: World) -> int:
     """Of the memory that ran out; on CPU it's all the same."""
-    return it.total_bytes - (0 if world.device.type == "cpu" else it.host_bytes)
+    return it.total_bytes - it.nvme_bytes - (0 if world.device.type == "cpu" else it.host_bytes)

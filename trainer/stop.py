@@ -15,6 +15,7 @@ from typing import Any
 EXIT_STOPPED = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 _SAME_STOP_S = 2.0
+_RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")  # by launcher; `Launch` would have to be imported first
 
 
 _hearing: list[SignalEars] = []
@@ -98,7 +99,7 @@ def leaving_at_once(launcher: int) -> Iterator[None]:
         if number not in _SIGNALS:
             return
         if not _loop_listened:
-            if os.environ.get("RANK", "0") == "0":
+            if all(os.environ.get(name, "0") == "0" for name in _RANKS):
                 _tell(f"{signal.Signals(number).name}: nothing to save yet; the same command begins again")
             os._exit(EXIT_STOPPED)
         first = first or time.monotonic()
@@ -140,6 +141,8 @@ def default_grace_s() -> float:
     told = os.environ.get("SHARDWRIGHT_GRACE_S")
     if told is not None:
         return seconds(told, "SHARDWRIGHT_GRACE_S") or 0.0
+    if "HOROVOD_GLOO_RENDEZVOUS_PORT" in os.environ:  # under horovodrun
+        return 5.0
     on_sagemaker = any(name in os.environ for name in ("SM_TRAINING_ENV", "TRAINING_JOB_NAME"))
     return 120.0 if on_sagemaker else 30.0
 

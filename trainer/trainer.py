@@ -184,4 +184,5 @@ class Trainer:
                     run.evaluate(self.eval_samples)
                 if run.due(job.checkpoints.every):
                     run.save()
+                run.commit()
             return run.finish()

@@ -1,9 +1,9 @@
 """Every registered strategy reads every other's checkpoints: `python -m tests.moves`.
 
-Each ordered pair of strategies with a growing, a shrinking and a constant number of ranks: a run is trained, killed,
-and goes on there; the rest of its losses is held against the run that stayed. Then kinds of models and numbers, on some
-of these moves, and what the comparison says when something is lost on purpose. Writes `docs/any-to-any.md`.
-Exit code 1: something differed.
+Each ordered pair of strategies on a changed number of ranks, and each to one other on as many: a run is trained,
+killed, and goes on there; the rest of its losses is held against the run that stayed. Then kinds of models and
+numbers, on some of these moves, and what the comparison says when something is lost on purpose. Writes
+`docs/any-to-any.md`. Exit code 1: something differed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     workers, begin = Workers(most=max(plan.SIZES)), time.time()
     try:
         found = plan.places(workers, options.strategies)
-        moves, some = plan.grid(found), plan.sample(plan.grid(found), 2 * len({place.strategy for place in found}))
+        moves, some = plan.grid(found), plan.sample(plan.grid(found), len({place.strategy for place in found}) + 2)
         total = len(moves) + len(some) * len(job.KINDS) + len(CONTROLS)
         columns = (TextColumn("{task.description:<40}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(file=sys.stdout)) as bar, contextlib.redirect_stdout(io.StringIO()):

@@ -178,6 +178,9 @@ KINDS = {
         loss=1e-4,
         norm=1e-3,
     ),
+    "bf16": Kind(
+        what="bf16, with weights and moments in fp32.", words=(*LLAMA, "precision=bf16"), loss=2e-4, norm=1e-2
+    ),
     "masked": Kind(
         what="Masked language modelling: the hidden tokens are a part of the order. SGD with momentum.",
         words=(

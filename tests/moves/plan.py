@@ -63,7 +63,7 @@ def refused(plugins: dict[str, Strategy], backend: Backend) -> dict[str, str]:
     found = {}
     for name, plugin in plugins.items():
         try:
-            plugin.connect(backend)
+            plugin.connect(backend).barrier()  # nobody leaves while another still connects
         except ConfigError as error:
             found[name] = str(error)
         finally:
@@ -88,28 +88,28 @@ def places(workers: Workers, names: Sequence[str] | None = None) -> list[Place]:
 
 
 def grid(found: Sequence[Place]) -> list[Move]:
-    """Each ordered pair of strategies with a growing, a shrinking and a constant world, where it can be.
+    """Each ordered pair of strategies on a changed number of ranks, where it can be; each to the next on as many, too.
 
-    Which sizes is decided by what was seen least so far: all of them turn up.
+    From which number to which, and whether it grows, is decided by what was seen least so far: all of them turn up.
     """
-    seen: Counter[tuple[int, int]] = Counter()
+    seen: Counter[object] = Counter()
     moves = []
     names = sorted({place.strategy for place in found})
-    for source in names:
-        for target in names:
-            for kind in KINDS:
-                choices = [
-                    move
-                    for start in found
-                    for end in found
-                    if (move := Move(source=start, target=end)).pair == (source, target)
-                    and move.kind == kind
-                    and start != end
-                ]
-                if choices:
-                    chosen = min(choices, key=lambda move: (seen[_sizes(move)], -move.target.size, -move.source.size))
-                    seen[_sizes(chosen)] += 1
-                    moves.append(chosen)
+    for number, source in enumerate(names):
+        following = names[(number + 1) % len(names)]
+        for target, stays in [*((name, False) for name in names), (following, True)]:
+            choices = [
+                move
+                for start in found
+                for end in found
+                if (move := Move(source=start, target=end)).pair == (source, target)
+                and (move.kind == "stays") == stays
+                and start != end
+            ]
+            if choices:
+                chosen = min(choices, key=lambda m: (seen[m.kind], seen[_sizes(m)], -m.target.size, -m.source.size))
+                seen.update((chosen.kind, _sizes(chosen)))
+                moves.append(chosen)
     return moves
 
 

@@ -24,6 +24,8 @@ documents. `strategy@ranks`; four ranks are on two (pretended) machines, so that
 The strategies are those that are registered; which numbers of ranks each of them takes is asked of itself.
 Where the number of ranks stays, the run has dropout, and its random streams move too. On another number of ranks
 dropout necessarily draws other numbers ([the rule](nothing-lost.md#random-streams)), and there is none.
+
+Checkpoints that DeepSpeed or Accelerate wrote without us: [coming over](coming-over.md).
 """
 
 

@@ -6,7 +6,9 @@ All of it: `python -m tests.moves` (docs/any-to-any.md).
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from importlib.metadata import EntryPoint
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,14 @@ from tests.trainer.jobs import lines, record_of
 from trainer.config import strategy_names
 from trainer.random_state import derive
 
+LIBRARIES = {
+    "horovod": "horovod",
+    **dict.fromkeys(["zero1", "zero2", "zero3", "zero3_offload", "zero_infinity", "zero_hpz"], "deepspeed"),
+}
+"""What a strategy can't do without, where that may be missing."""
+ELSEWHERE = {"horovod_elastic"}
+"""Refused under any launcher but one; the same class as another, and moved in test_horovod_elastic.py."""
+
 
 @pytest.fixture(scope="module")
 def everywhere(workers: Workers) -> list[Place]:
@@ -34,6 +44,12 @@ def everywhere(workers: Workers) -> list[Place]:
 def runner(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     """Shared, for the runs that stay."""
     return Runner(workers=workers, folder=tmp_path_factory.mktemp("moves"))
+
+
+def runnable() -> list[str]:
+    """The strategies that can run in these processes, and whose library is installed."""
+    here = [name for name in strategy_names() if name not in ELSEWHERE]
+    return [name for name in here if name not in LIBRARIES or find_spec(LIBRARIES[name]) is not None]
 
 
 def at(text: str) -> Place:
@@ -48,27 +64,24 @@ def way(source: str, target: str) -> Move:
 # The plan.
 
 
-def test_grid_has_each_ordered_pair_growing_shrinking_and_staying(everywhere: list[Place]) -> None:
+def test_grid_has_each_ordered_pair_on_a_changed_number_of_ranks(everywhere: list[Place]) -> None:
     moves = grid(everywhere)
-    for source in strategy_names():
-        for target in strategy_names():
-            wanted = {
-                Move(source=a, target=b).kind
-                for a in everywhere
-                for b in everywhere
-                if (a.strategy, b.strategy) == (source, target) and a != b
-            }
-            found = [move.kind for move in moves if move.pair == (source, target)]
-            assert sorted(found) == sorted(wanted), f"{source} -> {target}"
-            if "single" not in (source, target):
-                assert set(found) >= {"grows", "shrinks"}
+    assert {place.strategy for place in everywhere} == set(runnable())
+    for source in runnable():
+        for target in runnable():
+            found = [move for move in moves if move.pair == (source, target) and move.kind != "stays"]
+            assert len(found) == (0 if source == target == "single" else 1), f"{source} -> {target}"
+    stays = [move.pair for move in moves if move.kind == "stays"]
+    assert {source for source, _ in stays} == {target for _, target in stays} == set(runnable())
+    kinds = Counter(move.kind for move in moves)
+    assert abs(kinds["grows"] - kinds["shrinks"]) <= len(runnable())
     sizes = {(move.source.size, move.target.size) for move in moves}
-    assert sizes == {(a, b) for a in range(1, 5) for b in range(1, 5)}
+    assert sizes >= {(a, b) for a in range(1, 5) for b in range(1, 5) if a != b}
 
 
 def test_sample_of_the_grid_leaves_and_enters_every_strategy(everywhere: list[Place]) -> None:
-    few = sample(grid(everywhere), len(strategy_names()) + 1)
-    assert {move.pair[0] for move in few} == {move.pair[1] for move in few} == set(strategy_names())
+    few = sample(grid(everywhere), len(runnable()) + 1)
+    assert {move.pair[0] for move in few} == {move.pair[1] for move in few} == set(runnable())
     assert {move.kind for move in few} == set(WAYS)
 
 
@@ -96,7 +109,7 @@ def test_moves_of_a_sample_change_nothing(runner: Runner, everywhere: list[Place
 @pytest.mark.timeout(300)
 def test_run_that_moves_through_every_strategy_learns_the_same(runner: Runner, everywhere: list[Place]) -> None:
     stops = [2 * number for number in range(1, STEPS // 2)]
-    names = strategy_names()
+    names = runnable()
     tour = [
         max(
             (place for place in everywhere if place.strategy == names[turn % len(names)]),

@@ -215,3 +215,17 @@ def test_run_termination_reaches_the_child(bootstrap: ModuleType, tmp_path: Path
             time.sleep(0.05)
         parent.send_signal(signal.SIGTERM)
         assert parent.wait(30) == 7
+
+
+@pytest.mark.parametrize(("word", "wanted"), [("test", 1), ("train", 0)])
+def test_main_builds_horovod_for_the_tests_only(
+    bootstrap: ModuleType, calls: list[list[str]], monkeypatch: pytest.MonkeyPatch, word: str, wanted: int
+) -> None:
+    monkeypatch.chdir(bootstrap.ROOT)
+    for name in ("train", "test"):
+        monkeypatch.setattr(bootstrap, name, lambda words: 0)
+    assert bootstrap.main([word]) == 0
+    script = str(bootstrap.ROOT / "scripts" / "install_horovod.sh")
+    assert [command for command in calls if script in command] == wanted * [
+        ["bash", script, "--python", str(bootstrap.PYTHON)]
+    ]

@@ -24,6 +24,7 @@ class TestFSDPFull(Cut):
 
 class TestFSDPGradOp(Cut):
     sizes = (2, 3, 4)
+    accumulations = (2,)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(sharding=Sharding.grad_op, wrap_parameters=100, reduce_every_micro_batch=False)
@@ -42,6 +43,7 @@ class TestMiCS(Cut):
     """Groups: 2x1, 1x3, 2x2."""
 
     sizes = (2, 3, 4)
+    accumulations = (2,)
 
     def make(self, *, unused: bool = False) -> Strategy:
         degree = {3: 3, 4: 2}.get(Launch.from_env().size, 1)
@@ -52,6 +54,7 @@ class TestFSDPHybridOfOne(Cut):
     """Groups: 4x1."""
 
     sizes = (4,)
+    accumulations = (2,)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(sharding=Sharding.hybrid, replicas=4, wrap=["Linear"])
@@ -59,6 +62,7 @@ class TestFSDPHybridOfOne(Cut):
 
 class TestFSDPReplicate(Cut):
     sizes = (2, 3, 4)
+    accumulations = (2,)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(sharding=Sharding.replicate)
@@ -66,6 +70,7 @@ class TestFSDPReplicate(Cut):
 
 class TestFSDPPartlyCutBetween(Cut):
     sizes = (4,)
+    accumulations = (2,)
 
     def make(self, *, unused: bool = False) -> Strategy:
         return FSDPStrategy(reshard_after_forward=2, wrap=["Linear"])

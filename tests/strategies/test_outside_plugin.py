@@ -84,6 +84,12 @@ class TestHandmade(StrategyContract):
 def test_found_by_name_and_from_the_wheel():
     assert strategies.from_other_packages()["handmade"] is HandmadeStrategy
     assert strategies.__file__.startswith(FOLDER)
+
+
+def test_chosen_by_its_word():
+    from trainer.config import compose, made
+
+    assert isinstance(made(compose(["strategy=handmade"]).strategy), HandmadeStrategy)
 """
 
 _PROJECT = """

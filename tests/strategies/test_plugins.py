@@ -7,6 +7,7 @@ import inspect
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ import strategies
 from strategies.base import Strategy
 from strategies.ddp import DDPStrategy
 from strategies.single import SingleStrategy
+
+_ROOT = Path(__file__).parents[2]
 
 
 def announce(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
@@ -54,6 +57,40 @@ def test_package_needs_no_test_runner() -> None:
     code = "import strategies, sys; strategies.built_in(); print('pytest' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "False"
+
+
+_START = """
+import sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        sought.append(name)
+
+def imported():  # whether one is there may also be asked by looking for it
+    found = {name.partition(".")[0] for name in sought if name in sys.modules}
+    return sorted(found & {"accelerate", "deepspeed", "horovod", "smdistributed"})
+
+sought = []
+sys.meta_path.insert(0, Watch())
+from tests.trainer.jobs import ROWS, Rows
+from trainer.cli import run
+
+try:
+    run(Rows, *ROWS, "strategy=ddp", "backend=gloo", "run.dir=" + sys.argv.pop())
+except SystemExit as end:
+    print("ended with", end.code, imported())
+import accelerate
+print("and then", imported())
+"""
+
+
+def test_start_of_ddp_imports_no_other_strategys_library(tmp_path: Path) -> None:
+    # The model is a plain torch module: transformers imports accelerate by itself, wherever it is installed.
+    done = subprocess.run(
+        [sys.executable, "-c", _START, str(tmp_path / "run")],
+        cwd=_ROOT, capture_output=True, text=True, check=True, timeout=170,
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-2:] == ["ended with 0 []", "and then ['accelerate']"], done.stdout + done.stderr
 
 
 def test_every_strategy_has_all_its_settings_documented() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -132,6 +135,26 @@ def restarted_key() -> list[bool]:
     return [open_store(launch).check(["answer"]), again.check(["answer"])]
 
 
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def started_by(launcher: dict[str, str]) -> list[object]:
+    """Meet as ranks of another launcher; `launcher`: its variables, with `{RANK}` where torchrun's value goes."""
+    mine = {name: value.format_map(os.environ) for name, value in launcher.items()}
+    for name in (*_TORCHRUN, "TORCHELASTIC_USE_AGENT_STORE"):
+        os.environ.pop(name, None)
+    os.environ.update(mine)
+    launch = Launch.from_env()
+    if launch.rank == 0:
+        time.sleep(0.3)  # the others are there first
+    heard = publish(open_store(launch), launch, "word", lambda: "hello")
+    if launch.rank != 0:
+        open_store(launch).set(f"bye/{launch.rank}", "")
+    else:  # which holds the store
+        open_store(launch).wait([f"bye/{rank}" for rank in range(1, launch.size)])
+    return [heard, launch.rank, launch.size, launch.local_size, launch.by_mpi]
+
+
 # Alone.
 
 
@@ -236,6 +259,59 @@ class dist_port:  # noqa: N801 - reads as a function
         self.socket.close()
 
 
+# Other launchers.
+
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": f"{{{ours}}}" for name, ours in
+            zip(("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"), _TORCHRUN, strict=False)}  # fmt: skip
+HOROVODRUN = {name.replace("OMPI_COMM_WORLD", "HOROVOD"): value for name, value in OPEN_MPI.items()}
+
+
+class Notes(BaseHTTPRequestHandler):
+    """Keeps what is put, as the server of horovodrun does."""
+
+    kept: dict[str, bytes] = {}  # noqa: RUF012
+
+    def do_PUT(self) -> None:
+        """Keep it."""
+        self.kept[self.path] = self.rfile.read(int(self.headers["Content-Length"]))
+        self._answer(200, b"")
+
+    def do_GET(self) -> None:
+        """Give it back."""
+        self._answer(200 if self.path in self.kept else 404, self.kept.get(self.path, b""))
+
+    def _answer(self, code: int, content: bytes) -> None:
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *words: object) -> None:  # noqa: A002
+        """Nothing."""
+
+
+def test_ranks_of_mpirun_meet_in_its_folder(workers: Workers, tmp_path: Path) -> None:
+    answers = workers.run(started_by, 3, {**OPEN_MPI, "PMIX_SERVER_TMPDIR": str(tmp_path)})
+    assert answers == [["hello", rank, 3, 3, True] for rank in range(3)]
+
+
+def test_ranks_of_horovodrun_meet_at_its_server(workers: Workers) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Notes) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        place = {"ADDR": "127.0.0.1", "PORT": str(server.server_address[1])}
+        variables = {f"HOROVOD_GLOO_RENDEZVOUS_{name}": value for name, value in place.items()}
+        answers = workers.run(started_by, 3, {**HOROVODRUN, **variables})
+        server.shutdown()
+    assert answers == [["hello", rank, 3, 3, False] for rank in range(3)]
+
+
+@pytest.mark.parametrize("local_size", [1, 2])
+def test_ranks_that_nobody_brings_together_are_refused(workers: Workers, local_size: int) -> None:
+    outcomes = workers.outcomes(started_by, 2, OPEN_MPI, local_size=local_size)
+    assert {outcome.error for outcome in outcomes} == {"ConfigError"}
+    assert all("-x MASTER_ADDR=" in outcome.message and "\n" not in outcome.message for outcome in outcomes)
+
+
 # Launch variables.
 
 
@@ -261,6 +337,19 @@ def test_launch_without_local_variables_is_one_machine(bare_environment: pytest.
     bare_environment.setenv("RANK", "1")
     bare_environment.setenv("WORLD_SIZE", "2")
     assert Launch.from_env() == Launch(rank=1, size=2, local_rank=1, local_size=2)
+
+
+def test_launch_reads_horovodrun_and_mpirun_and_torchrun_before_them(bare_environment: pytest.MonkeyPatch) -> None:
+    numbers = {"RANK": "3", "SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+    for prefix, by_mpi in (("OMPI_COMM_WORLD_", True), ("HOROVOD_", False)):
+        for name, value in numbers.items():
+            bare_environment.setenv(f"{prefix}{name}", value)
+        launch = Launch.from_env()
+        assert (launch, launch.by_mpi) == (Launch(rank=3, size=4, local_rank=1, local_size=2), by_mpi)
+        assert not launch.on_one_machine
+    bare_environment.setenv("RANK", "0")
+    bare_environment.setenv("WORLD_SIZE", "1")
+    assert Launch.from_env() == Launch()
 
 
 @pytest.mark.parametrize(

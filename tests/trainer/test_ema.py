@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import pytest
 import torch
 from torch import Tensor
@@ -40,12 +42,20 @@ def test_update_with_low_precision_weights_averages_in_fp32() -> None:
     assert average.tensors()["a"].item() == pytest.approx(1.001)
 
 
+def writes_into(live: dict[str, torch.Tensor]) -> Callable[[Mapping[str, torch.Tensor]], None]:
+    def compute_with(weights: Mapping[str, torch.Tensor]) -> None:
+        for name, value in weights.items():
+            live[name].copy_(value)
+
+    return compute_with
+
+
 def test_swapped_shows_the_average_and_puts_back_every_bit() -> None:
     average, live = WeightAverage(0.5), weights()
     average.update(live)
     live["a"].copy_(torch.tensor([0.1, float("nan"), 3e-41]))
     before = live["a"].clone()
-    with average.swapped(live):
+    with average.swapped(live, writes_into(live)):
         assert live["a"].tolist() == [1.0, 1.0, 1.0]
     assert torch.equal(live["a"].view(torch.int32), before.view(torch.int32))
     assert average.tensors()["a"].tolist() == [1.0, 1.0, 1.0]
@@ -55,7 +65,7 @@ def test_swapped_puts_back_after_an_error() -> None:
     average, live = WeightAverage(0.5), weights()
     average.update(live)
     live["a"].zero_()
-    with pytest.raises(RuntimeError, match="stop"), average.swapped(live):
+    with pytest.raises(RuntimeError, match="stop"), average.swapped(live, writes_into(live)):
         raise RuntimeError("stop")
     assert live["a"].tolist() == [0.0, 0.0, 0.0]
 

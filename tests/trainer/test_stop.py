@@ -11,7 +11,7 @@ import time
 import pytest
 
 from strategies.errors import ConfigError
-from trainer.stop import StopRequest, seconds
+from trainer.stop import StopRequest, default_grace_s, seconds
 
 
 @pytest.mark.parametrize(
@@ -89,3 +89,15 @@ def test_request_out_of_time_after_its_limit() -> None:
     request = StopRequest(0.01)
     time.sleep(0.02)
     assert request.out_of_time()
+
+
+def test_grace_is_what_the_launcher_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SHARDWRIGHT_GRACE_S", "SM_TRAINING_ENV", "TRAINING_JOB_NAME", "HOROVOD_GLOO_RENDEZVOUS_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert default_grace_s() == 30.0
+    monkeypatch.setenv("TRAINING_JOB_NAME", "mine")
+    assert default_grace_s() == 120.0
+    monkeypatch.setenv("HOROVOD_GLOO_RENDEZVOUS_PORT", "2000")
+    assert default_grace_s() == 5.0
+    monkeypatch.setenv("SHARDWRIGHT_GRACE_S", "7m")
+    assert default_grace_s() == 420.0

@@ -18,6 +18,7 @@ from tests.trainer.jobs import ROWS, curve, fit, lines, record_of
 from trainer.checkpoint.store import FolderStore
 from trainer.evaluation import until_stopped
 from trainer.metrics.events import read_events
+from trainer.stop import StopRequest
 
 EVALUATED = [*ROWS, "trainer.eval_every=5", "trainer.num_validation=20", "trainer.dropout=0.2", "checkpoint.every=5"]
 
@@ -42,16 +43,23 @@ def fit_and_signal(folder: str, words: list[str], rank: int, nth: int) -> dict[s
 
 
 def fit_slowly(folder: str, words: list[str], seconds: float) -> dict[str, Any]:
-    """A start whose checkpoints take `seconds` longer."""
-    real = FolderStore.publish
+    """A start whose checkpoints take `seconds` longer; `saved_s`: when the last one was there, from its beginning."""
+    real, begin, saved = FolderStore.publish, time.monotonic(), 0.0
+
+    def beginning(*arguments: Any, **settings: Any) -> StopRequest:
+        nonlocal begin
+        begin = time.monotonic()
+        return StopRequest(*arguments, **settings)
 
     def slow(self: FolderStore, name: str, data: bytes) -> None:
+        nonlocal saved
         if name.endswith("manifest.json"):
             time.sleep(seconds)
         real(self, name, data)
+        saved = time.monotonic() - begin
 
-    with mock.patch.object(FolderStore, "publish", slow):
-        return fit(folder, words, "Rows")
+    with mock.patch.object(FolderStore, "publish", slow), mock.patch("trainer.session.StopRequest", beginning):
+        return fit(folder, words, "Rows") | {"saved_s": saved}
 
 
 @pytest.mark.parametrize(("rank", "nth"), [(0, 2), (1, 1)])
@@ -81,12 +89,11 @@ def test_stop_during_the_last_evaluation_leaves_it_to_the_next_start(workers: Wo
 
 def test_stop_at_the_time_limit_leaves_the_time_that_a_checkpoint_takes(workers: Workers, tmp_path: Path) -> None:
     words = [*ROWS, "trainer.max_steps=1000000", "trainer.max_time=4", "checkpoint.every=100", "checkpoint.keep=1"]
-    begin = time.monotonic()
     (answer, _) = workers.run(fit_slowly, 2, str(tmp_path / "run"), words, 1.0, timeout=60)
     saves = [event for event in read_events(tmp_path / "run") if event["event"] == "checkpoint"]
     assert len(saves) > 1, "nothing was learned of how long a checkpoint takes"
     assert answer["stopped"]
-    assert time.monotonic() - begin < 4 + 0.9, "the last checkpoint came after the limit"
+    assert 2 < answer["saved_s"] < 4 + 0.9, "the last checkpoint came after the limit"
 
 
 def test_stop_with_checkpoints_that_take_longer_than_the_grace_says_so(workers: Workers, tmp_path: Path) -> None:

@@ -83,6 +83,8 @@ class Spread:
     """In our configuration."""
     by_hand: dict[str, Any]
     """For `scripts/bench_loop.py`."""
+    launcher: tuple[str, ...] = ("-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node")
+    """A module and its options, before the number of processes and their command."""
     most: int | None = None
     """Processes; None: any number."""
     multiple: int = 1
@@ -95,6 +97,15 @@ STRATEGIES = {
     "fsdp_full": Spread(words=("strategy=fsdp_full",), by_hand={"spread": "sharded", "groups": 1}),
     "fsdp_hybrid": Spread(
         words=("strategy=fsdp_hybrid", "strategy.replicas=2"), by_hand={"spread": "sharded", "groups": 2}, multiple=2
+    ),
+    **{
+        f"zero{stage}": Spread(words=(f"strategy=zero{stage}",), by_hand={"spread": "zero", "stage": stage})
+        for stage in (1, 2, 3)
+    },
+    "horovod": Spread(
+        words=("strategy=horovod",),
+        by_hand={"spread": "rings"},
+        launcher=("-m", "horovod.runner.launch", "--gloo", "-np"),
     ),
 }
 
@@ -270,8 +281,8 @@ class Bench:
         Raises:
             TrainingError: it failed.
         """
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.processes}"]
-        command = [sys.executable, *(launcher if case.processes > 1 else []), str(_SCRIPTS / script), *words]
+        launcher = [sys.executable, *STRATEGIES[case.strategy].launcher, str(case.processes)]
+        command = [*(launcher if case.processes > 1 else []), sys.executable, str(_SCRIPTS / script), *words]
         environment = {key: value for key, value in os.environ.items() if key not in _FROM_LAUNCHERS}
         environment["OMP_NUM_THREADS"] = str(self._threads)
         (folder / "launched").write_text(repr(time.time()))

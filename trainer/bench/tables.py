@@ -22,11 +22,13 @@ _EXPLAINED = """\
 Both sides train the same Llama of transformers on the same bytes with AdamW (fused, no decay for norms), the gradient
 clipped to norm 1 and a cosine rate; both write a line with loss, gradient norm and rate every 10 steps. single: no
 process group. ddp: DistributedDataParallel, gradients as views of buckets, static graph, buffers left alone. fsdp_full,
-fsdp_hybrid: `fully_shard` by layer, the root kept gathered; in bf16 the loop casts weights when it gathers them.
-compile: the whole model, or under FSDP each layer. The hand-written loop (`scripts/bench_loop.py`) does that and
-nothing else. Ours (`scripts/bench_ours.py`) is `scripts/train.py` without other loggers than `metrics.jsonl`; besides,
-it agrees on the counted tokens and on stops, skips steps that aren't finite, reduces the logged loss over the ranks,
-keeps the step's times, and can be stopped and resumed.
+fsdp_hybrid: `fully_shard` by layer, the root kept gathered; in bf16 the loop casts weights when it gathers them. zero1,
+zero2, zero3: `deepspeed.initialize` with torch's AdamW and buckets of as many numbers as ours. horovod:
+`DistributedOptimizer`, both sides under horovodrun. compile: the whole model, or under FSDP each layer. The
+hand-written loop (`scripts/bench_loop.py`) does that and nothing else. Ours (`scripts/bench_ours.py`) is
+`scripts/train.py` without other loggers than `metrics.jsonl`; besides, it agrees on the counted tokens and on stops,
+skips steps that aren't finite, reduces the logged loss over the ranks, keeps the step's times, and can be stopped and
+resumed.
 
 A round is the hand-written loop, ours, and the hand-written loop again. A ratio is ours over the mean of the two; the
 A/A ratio is the second over the first, so what it shows is the machine. CPU time is that of all processes, user and

@@ -8,6 +8,7 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, cast
 
 import torch
@@ -39,6 +40,7 @@ from trainer.checkpoint.store import AbstractStore
 _ALLOWED = {
     ("torch.distributed.checkpoint.metadata", "Metadata"),
     ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"),
+    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"),
     ("torch.distributed.checkpoint.metadata", "TensorProperties"),
     ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"),
     ("torch.distributed.checkpoint.metadata", "MetadataIndex"),
@@ -50,10 +52,16 @@ _ALLOWED = {
 }
 
 
+_PATHS = {"PosixPath": PurePosixPath, "WindowsPath": PureWindowsPath}
+"""Where torch's own writer was told to write: as a path that touches no disk."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Knows the few names that a checkpoint's index is made of, and no other."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local") and name in _PATHS:
+            return _PATHS[name]
         if (module, name) in _ALLOWED or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")

@@ -76,6 +76,10 @@ COMMANDS = {
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),
+    "generate": Command("trainer.commands.generate", "continue prompts with what a run has learned so far"),
+    "import-checkpoint": Command(
+        "trainer.commands.import_checkpoint", "go on from a checkpoint of DeepSpeed or Accelerate"
+    ),
     "report": Command("trainer.commands.report", "show how runs went or go, in one HTML page"),
     "bench": Command("trainer.commands.bench", "measure what the Trainer costs over a loop written by hand"),
 }

@@ -20,6 +20,7 @@ from trainer.first_import import first_import_of
 from trainer.models import pretrained
 from trainer.models.base import AbstractModel, Task
 from trainer.models.chunked import use_chunked_head
+from trainer.models.dispatch import empty
 from trainer.models.images import Pixels
 from trainer.models.initialise import bare, initialise, initialise_adapters
 from trainer.models.library import (
@@ -153,6 +154,14 @@ class HFModel(AbstractModel):
             model = self._dress(self._load())
             initialise_adapters(model, seed)
             return model
+
+    def empty(self) -> nn.Module:
+        """The module without storage for its parameters, to be filled and dispatched by Accelerate.
+
+        Unlike on the meta device, buffers that aren't stored, such as rotary frequencies, have their values.
+        """
+        assert self._settled is not None, "prepare() comes first"
+        return empty(self._build)
 
     def weights(self, seed: int) -> Weights:
         folder = None if self.path is None or not Path(self.path).is_dir() else Path(self.path)

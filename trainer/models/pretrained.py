@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, final
 
@@ -13,9 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from strategies.errors import ConfigError
+from trainer.models.dispatch import empty
 from trainer.models.initialise import bare, copy_values, initialise_adapters, initialise_rest, own_part, put
+from trainer.models.library import line, quiet
+from trainer.models.objectives import Objective, auto_class
 
 _LOG = logging.getLogger("shardwright.models")
+_AT_ONCE = 256 << 20
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _OTHERWISE = "adapter_config.json"
 """In a folder of adapters transformers looks for the base model elsewhere."""
@@ -96,6 +100,114 @@ def stream(model: nn.Module, path: str, seed: int) -> bool:
                 read[id(own[name])] = name
     initialise_rest(model, [value for value in own.values() if id(value) in read], seed)
     return True
+
+
+def empty_model(folder: Path, dtype: torch.dtype | None) -> Any:
+    """The model of a folder, to be filled from `tensors`; with the settings for generation that lie beside it.
+
+    Args:
+        folder: of `save_pretrained`.
+        dtype: of the parameters; None: what its configuration says.
+
+    Raises:
+        ConfigError: it can't be made without other libraries, or it isn't one that continues a text.
+    """
+    from transformers import AutoConfig, GenerationConfig
+
+    if (folder / _OTHERWISE).is_file():
+        raise ConfigError(f"Model: {folder} holds adapters beside a model that lies elsewhere. Merge them first.")
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if getattr(config, "quantization_config", None) is not None:
+                raise ConfigError(f"Model: {folder} is quantized. Take one in float32, bfloat16 or float16.")
+            made_for = _generating(config)
+            if made_for is None:
+                name = (config.architectures or [config.model_type])[0]
+                raise ConfigError(f"Model: {name} of {folder} doesn't continue a text. Take a model that does.")
+            config.dtype = dtype or config.dtype
+            model: Any = empty(lambda: auto_class(made_for).from_config(config, trust_remote_code=False))
+            model.tie_weights()
+            if (folder / "generation_config.json").is_file():
+                model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except ConfigError:
+        raise
+    except Exception as error:  # the file system, parsers and each architecture raise their own kinds
+        raise ConfigError(f"Model: {folder} can't be opened: {line(error)}. Store it again.") from error
+    return model
+
+
+def _generating(config: Any) -> Objective | None:
+    """What a model that generates is trained for; None: it doesn't."""
+    for objective in (Objective.causal, Objective.seq2seq):
+        mapping = auto_class(objective)._model_mapping
+        made = mapping.get(type(config), ())
+        names = {each.__name__ for each in (made if isinstance(made, list | tuple) else (made,))}
+        if names & set(config.architectures or ()):
+            return objective
+    return None
+
+
+def tensors(model: nn.Module, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The stored parameters and buffers of `model`, one after another; a tied weight comes once.
+
+    Names are read as in `stream`. What is stored as it is used is mapped from its file and not copied.
+
+    Args:
+        model: on the meta device or not; without adapters.
+        folder: of `save_pretrained`.
+
+    Yields:
+        Name in `model`, and its tensor on CPU, in the dtype in which it is stored.
+
+    Raises:
+        ConfigError: there are no safetensors, or they aren't this model's.
+        OSError, SafetensorError: a file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    files = _files(str(folder))
+    if not files:
+        raise ConfigError(f"Model: {folder} holds no safetensors of a whole model. Store it with save_pretrained.")
+    base: Any = bare(model)
+    base.tie_weights()
+    own = _own(base)
+    plain, converted = _matched(base, own, _Stored(files))
+    given: set[int] = set()
+
+    def first_time(name: str, tensor: Tensor) -> bool:
+        if tuple(tensor.shape) != tuple(own[name].shape):
+            raise ConfigError(
+                f"Model: {name} of {folder} has shape {list(tensor.shape)}, and its configuration says "
+                f"{list(own[name].shape)}. Store it again with save_pretrained."
+            )
+        before = id(own[name]) in given
+        given.add(id(own[name]))
+        return not before
+
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            stored = set(opened.keys())
+        here = [(name, key) for name, key in plain.items() if key in stored]
+        while here:  # what was read through an opened file counts as memory until it is closed
+            with safe_open(file, framework="pt") as opened:
+                passed = 0
+                while here and passed < _AT_ONCE:
+                    name, key = here.pop(0)
+                    tensor = opened.get_slice(key)[...]
+                    passed += tensor.nbytes
+                    if first_time(name, tensor):
+                        yield name, tensor
+    for first, conversion in converted.items():
+        for name, found in conversion.convert(first, model=base, config=base.config).items():
+            whole = found[0] if isinstance(found, list) else found
+            if name in own and first_time(name, whole):
+                yield name, whole
+    missing = [name for name, value in base.named_parameters() if id(own.get(name)) not in given]
+    if missing:
+        raise ConfigError(
+            f"Model: {folder} lacks {len(missing)} of its weights, the first is {missing[0]}. Store it again."
+        )
 
 
 @final

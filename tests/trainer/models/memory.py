@@ -194,7 +194,7 @@ def start(fields: dict[str, Any], settings: dict[str, Any], whole: bool = False)
         def held(part: torch.nn.Module) -> int:
             return sum(value.numel() for value in part.parameters()) * 4
 
-        blocks = [held(part) for part in strategy._parts[1:]]
+        blocks = [held(part) for part in strategy._cut.parts[1:]]
         mine = sum(value.to_local().numel() for value in module.parameters()) * 4  # type: ignore[operator]
         largest = max(value.numel() for value in module.parameters()) * 4
         found = {"shard": mine, "block": max(blocks), "root": held(module) - sum(blocks), "tensor": largest}
@@ -254,6 +254,20 @@ def export(run: str, target: str, max_shard_size: str) -> Callable[[], dict[str,
         return {"largest": max(found), "files": len(found)}
 
     return sizes
+
+
+def generate(run: str, *words: str) -> Callable[[], int]:
+    """What `shardwright generate` does; the bytes of its weights."""
+    from trainer.commands import generate as command
+    from trainer.commands.trained import Trained
+
+    command.main(command.parser().read([run, "a", "--max-new-tokens", "2", "--tokenizer", "bytes", *words]))
+
+    def size() -> int:
+        trained = Trained.open(run)
+        return sum(4 * math.prod(shape) for shape in trained.keeper.shapes(trained.found).values())
+
+    return size
 
 
 def exports(fields: dict[str, Any], size: int, folder: Path) -> Iterator[tuple[str, Seen]]:

@@ -1,10 +1,10 @@
-"""Memory of a start from stored weights and of an export, at a size of 97M parameters; `memory.py` measures 551M."""
+"""Memory of starts from stored weights, exports and generation, with 97M parameters; `memory.py` measures 551M."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from tests.trainer.models.memory import LITTLE, export, start, watch, write_checkpoint, write_model
+from tests.trainer.models.memory import LITTLE, export, generate, start, watch, write_checkpoint, write_model
 
 
 def test_start_from_stored_weights_takes_a_ranks_part_and_less_than_one_and_a_half_blocks(tmp_path: Path) -> None:
@@ -16,9 +16,11 @@ def test_start_from_stored_weights_takes_a_ranks_part_and_less_than_one_and_a_ha
     assert seen.above > seen.answer["shard"] + 5 * seen.answer["block"], seen
 
 
-def test_export_of_a_sharded_checkpoint_takes_one_file_at_a_time(tmp_path: Path) -> None:
+def test_sharded_checkpoint_is_exported_file_by_file_and_generates_from_one_copy(tmp_path: Path) -> None:
     watch(write_checkpoint, 2, LITTLE, str(tmp_path / "run"))
     [seen] = watch(export, 1, str(tmp_path / "run"), str(tmp_path / "out"), "100MB")
     assert seen.answer["files"] >= 4
     assert seen.answer["largest"] <= 101e6
     assert 0.5 * seen.answer["largest"] < seen.above <= 1.35 * seen.answer["largest"], seen
+    [seen] = watch(generate, 1, str(tmp_path / "run"))
+    assert 0.95 * seen.answer <= seen.above <= 1.2 * seen.answer, seen
