@@ -14,10 +14,12 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, NoReturn
 
+from trainer.stop import EXIT_STOPPED, EXIT_WRONG_INPUT, leaving_at_once
+
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
-EXIT_WRONG_INPUT = 2
+
 _PARENT = os.getppid()  # before anything slow is imported, in which time it may go
 
 
@@ -36,8 +38,6 @@ def run(trainer_class: type[Trainer] | None = None, *defaults: str) -> None:
     Raises:
         SystemExit: 0 finished; 2 wrong input; 75 stopped with a checkpoint, start again to go on; 1 anything else.
     """
-    from trainer.stop import leaving_at_once
-
     with leaving_at_once(_launcher()):
         code = exit_code(lambda: _train(trainer_class, defaults))
     sys.exit(code)
@@ -128,7 +128,6 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
 
         from trainer.build import makes_its_own, train
         from trainer.config import register_schemas, with_config
-        from trainer.stop import EXIT_STOPPED
         from trainer.trainer import Trainer
 
     cls = trainer_class or Trainer

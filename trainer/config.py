@@ -25,8 +25,9 @@ import strategies
 from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, SMDDPBackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
-from trainer import checkpoint, data, hooks, metrics, models, optim, schedule
+from trainer import checkpoint, data, hooks, launch, metrics, models, optim, schedule
 from trainer.complaints import CONF, SEVERAL, explained, options
+from trainer.launch import Launcher
 from trainer.place import Run
 from trainer.trainer import Trainer
 
@@ -164,9 +165,9 @@ def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
         task(config, choices)
 
 
-def _composed(words: list[str]) -> tuple[DictConfig, dict[str, str]]:
+def _composed(words: list[str], root: str = "config") -> tuple[DictConfig, dict[str, str]]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        config = hydra.compose("config", overrides=words, return_hydra_config=True)
+        config = hydra.compose(root, overrides=words, return_hydra_config=True)
     choices = _choices(config.hydra)
     with open_dict(config):
         del config["hydra"]
@@ -217,6 +218,19 @@ def composed(overrides: Sequence[str], trainer_class: type[Trainer] = Trainer) -
     config, choices = _opening_dicts(overrides, _composed)
     refuse_wrong(config)
     return config, choices
+
+
+def compose_launcher(overrides: Sequence[str]) -> Launcher:
+    """The launcher that `launcher=...` and `launcher.key=value` describe.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, an unknown choice, a value that doesn't fit.
+    """
+    for cls in launch.SCHEMAS:
+        ConfigStore.instance().store(group="schema", name=cls.__name__, node=cls)
+    config, _ = _opening_dicts(overrides, lambda words: _composed(words, "launch"))
+    refuse_wrong(config)
+    return cast(Launcher, made(config.launcher))
 
 
 def _called(call: Callable[[], None], words: list[str]) -> None:

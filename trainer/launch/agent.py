@@ -15,8 +15,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
-from trainer.cli import EXIT_WRONG_INPUT
-from trainer.stop import EXIT_STOPPED
+from trainer.stop import EXIT_STOPPED, EXIT_WRONG_INPUT
 
 LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from trainer.commands.agent import OneMachine, shell_code, telling
+from trainer.launch.agent import OneMachine, shell_code, telling
 
 
 @pytest.mark.parametrize(

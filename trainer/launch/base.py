@@ -1,0 +1,98 @@
+"""What a launcher takes, and what it gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+
+class State(Enum):
+    """Where a job stands."""
+
+    waiting = "waiting"
+    """Handed over; no process of it runs yet."""
+    running = "running"
+    finished = "finished"
+    stopped = "stopped"
+    """Before its end, with a checkpoint: the same job goes on."""
+    failed = "failed"
+
+    @property
+    def over(self) -> bool:
+        """Nothing more happens by itself."""
+        return self in (State.finished, State.stopped, State.failed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchJob:
+    """One training job, as it is handed to a launcher."""
+
+    name: str
+    """Letters, digits, `-` and `_`; names the job wherever it is started."""
+    script: Path
+    """Calls `trainer.run`."""
+    overrides: tuple[str, ...] = ()
+    """`key=value` words for the script."""
+    folder: Path | None = None
+    """Where a launcher of this machine puts the run's files; None: as the words say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a job does."""
+
+    state: State
+    detail: str = ""
+    """For people: what it waits for, or why it failed; one line."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The newest numbers that are known, such as `step`, `loss`, `val_loss`."""
+
+
+class LaunchedJob(ABC):
+    """A job that was started."""
+
+    job: LaunchJob
+
+    @abstractmethod
+    def status(self) -> Status:
+        """How it does now; quick enough to be asked every second."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ask it to stop with a checkpoint; asked again, it ends at once. Doesn't wait."""
+
+
+class Launcher(ABC):
+    """Starts jobs. A keyword-only dataclass of plain fields, so that it is its own schema in the group `launcher`."""
+
+    @property
+    @abstractmethod
+    def at_once(self) -> int | None:
+        """Jobs of a sweep that may run at the same time; None: all of them."""
+
+    @abstractmethod
+    def check(self, jobs: Sequence[LaunchJob]) -> None:
+        """Refuse now what would fail later.
+
+        Raises:
+            ConfigError: names the key.
+        """
+
+    @abstractmethod
+    def start(self, job: LaunchJob) -> LaunchedJob:
+        """Hand the job over and come back at once, leaving the terminal alone.
+
+        Raises:
+            ConfigError: it isn't taken.
+        """
+
+    @abstractmethod
+    def run(self, job: LaunchJob) -> int:
+        """Start one job, show on the terminal how it goes, wait for its end.
+
+        Returns:
+            The exit code: 0 finished, 2 wrong input, 75 stopped with a checkpoint, another one: failed.
+        """
