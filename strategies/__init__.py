@@ -13,7 +13,7 @@ from strategies.errors import ConfigError
 __all__ = ["ENTRY_POINTS", "ConfigError", "Strategy", "built_in", "from_other_packages"]
 
 ENTRY_POINTS = "shardwright.strategies"
-_NOT_PLUGINS = {"base", "backends", "errors", "testing", "world"}
+_NOT_PLUGINS = {"base", "backends", "elastic", "errors", "launchers", "testing", "world"}
 
 
 def built_in() -> list[type[Strategy]]:

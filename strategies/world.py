@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from strategies.elastic import Elastic
 from strategies.errors import ConfigError
+from strategies.launchers import OPEN_MPI, number_in, started
 
 ReduceOp = Literal["sum", "min", "max"]
 T = TypeVar("T")
@@ -30,12 +31,6 @@ T = TypeVar("T")
 _WAIT = timedelta(days=7)  # a dead rank is noticed by the launcher, a slow one is waited for
 _FAREWELL = timedelta(seconds=30)
 _MEET_S = 600
-
-
-# How launchers name the same four numbers: rank, ranks in all, rank on this machine, ranks of this machine.
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-_HOROVODRUN = ("HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE")
-_MPIRUN = tuple(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,48 +44,44 @@ class Launch:
     restart: int = 0
     on_one_machine: bool = field(default=True, compare=False)
     """All ranks are known to be here; some launchers don't say how many ranks a machine has."""
-    by_mpi: bool = field(default=False, compare=False)
-    """Open MPI's mpirun is the launcher."""
+    by: str | None = field(default=None, compare=False)
+    """Who started the ranks, for people; None: this process is alone."""
+    meeting: tuple[str | None, int | None] = field(default=(None, None), compare=False)
+    """Address and port at which rank 0 can be met, as far as the launcher says so."""
 
     @classmethod
     def from_env(cls) -> Launch:
-        """Read the variables that torchrun, horovodrun or Open MPI's mpirun set; without any, the process is alone.
+        """Read the variables that launchers set (`strategies.launchers`); without any, the process is alone.
 
         Raises:
-            ConfigError: a variable is missing beside the others, or isn't a number.
+            ConfigError: a variable is missing beside the others, isn't a number, or contradicts another launcher's.
         """
-        launchers = (_TORCHRUN, _HOROVODRUN, _MPIRUN)
-        names = next((names for names in launchers if any(name in os.environ for name in names[:2])), None)
-        if names is None:
+        found = started(os.environ)
+        if found is None:
             return cls()
-        rank, size = _env_number(names[0]), _env_number(names[1])
-        launch = cls(
-            rank=rank,
-            local_rank=_env_number(names[2], rank),
-            size=size,
-            local_size=_env_number(names[3], size),
-            restart=_env_number("TORCHELASTIC_RESTART_COUNT", 0),
-            on_one_machine=size == 1 or os.environ.get(names[3]) == str(size),
-            by_mpi=names is _MPIRUN,
+        return cls(
+            rank=found.rank,
+            local_rank=found.local_rank,
+            size=found.size,
+            local_size=found.local_size or found.size,
+            restart=number_in(os.environ, "TORCHELASTIC_RESTART_COUNT", 0),
+            on_one_machine=found.size in (1, found.local_size),
+            by=found.by,
+            meeting=(found.address, found.port),
         )
-        if not 0 <= launch.rank < launch.size:
-            raise ConfigError(
-                f"Launch: RANK={launch.rank} is not below WORLD_SIZE={launch.size}. "
-                "Start every process of the run with the same WORLD_SIZE (torchrun sets both)."
-            )
-        return launch
 
+    @property
+    def by_mpi(self) -> bool:
+        """Open MPI's mpirun is the launcher."""
+        return self.by == OPEN_MPI
 
-def _env_number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name)
-    if text is None and default is not None:
-        return default
-    if text is None or not text.strip().isdigit():
-        raise ConfigError(
-            f"Launch: environment variable {name}={text!r} is not a number. "
-            "Start the run with torchrun, or unset RANK and WORLD_SIZE to run one process."
-        )
-    return int(text)
+    def describe(self) -> str:
+        """One line for people: who started how many processes."""
+        if self.by is None:
+            return "started as one process"
+        ranks = "1 process" if self.size == 1 else f"{self.size} processes"
+        here = "" if self.on_one_machine else f", {self.local_size} on this machine"
+        return f"started by {self.by}: {ranks}{here}"
 
 
 @functools.cache
@@ -102,26 +93,44 @@ def open_store(launch: Launch) -> dist.Store:
     """
     if launch.size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    if "MASTER_PORT" in os.environ:
-        store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size))
+    note = _note_of(launch)
+    if note is not None:
+        store = _meet(launch, note)
     else:
-        store = _meet(launch)
+        _say_where(launch)
+        store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size))
     run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
     return dist.PrefixStore(f"shardwright/{run}/{launch.restart}", store)
 
 
-def _meet(launch: Launch) -> dist.Store:
-    """A store on rank 0, at a port that it chooses and that the launcher's own means make known to the others.
+def _note_of(launch: Launch) -> Callable[[str | None], str] | None:
+    """The launcher's own means to make known where rank 0 is; None: the environment says it, or has to."""
+    if "MASTER_PORT" in os.environ:
+        return None
+    if "HOROVOD_GLOO_RENDEZVOUS_PORT" in os.environ:
+        return _note_at_horovodrun
+    return _note_at_mpirun if launch.by_mpi and launch.on_one_machine and "PMIX_SERVER_TMPDIR" in os.environ else None
+
+
+def _say_where(launch: Launch) -> None:
+    """Put rank 0's address and port into the environment, where libraries too look for them.
 
     Raises:
-        ConfigError: the launcher has no such means.
+        ConfigError: nobody says where it is.
     """
-    note = _note_at_horovodrun if "HOROVOD_GLOO_RENDEZVOUS_PORT" in os.environ else _note_at_mpirun
-    if note is _note_at_mpirun and not (launch.by_mpi and launch.on_one_machine and "PMIX_SERVER_TMPDIR" in os.environ):
+    address, port = launch.meeting
+    address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if address and launch.on_one_machine else address)
+    port = number_in(os.environ, "MASTER_PORT", port or 0)
+    if not address or not 0 < port < 2**16:
         raise ConfigError(
             "Launch: nothing says where the ranks meet. Give all of them rank 0's address and a free port, as in "
             "mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 (MASTER_ADDR, MASTER_PORT), or start them with torchrun."
         )
+    os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+
+
+def _meet(launch: Launch, note: Callable[[str | None], str]) -> dist.Store:
+    """A store on rank 0, at a port that it chooses and that `note` makes known to the others."""
     if launch.rank == 0:
         host = "127.0.0.1" if launch.on_one_machine else os.environ["HOROVOD_HOSTNAME"]
         with socket.create_server((host if launch.on_one_machine else "", 0), backlog=1024) as listening:

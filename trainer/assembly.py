@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from strategies.base import ModelSpec, Plan, Weights, WorldSpec
 from strategies.errors import ConfigError
-from strategies.world import World
+from strategies.world import Launch, World
 from trainer.contradictions import refuse_contradictions, refuse_misfits
 from trainer.data import Loader, Order, accumulation_of
 from trainer.data.base import Data
@@ -61,6 +61,8 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
         ConfigError: some setting is wrong, or two contradict each other; on every rank.
     """
     refuse_contradictions(trainer, job)
+    if (launch := Launch.from_env()).by is not None:
+        say(launch.describe())
     data = _make_data(trainer, job, say)
     if job.model is not None:
         with job.world.together():

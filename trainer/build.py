@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -30,12 +30,13 @@ from trainer.shortage import Others, OutOfMemoryError, advice, is_shortage, let_
 from trainer.trainer import Trainer
 
 
-def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
+def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], None] | None = None) -> Outcome:
     """Build the job of `config` and run it; everything is closed again on the way out.
 
     Args:
         config: composed and checked (`trainer.config`).
         choices: the option chosen in each group; for the run's name.
+        after: called on every rank once a run has come to its end, while all of them can still be talked to.
 
     Raises:
         ConfigError: something in it is wrong; on every rank.
@@ -77,7 +78,10 @@ def train(config: DictConfig, choices: dict[str, str]) -> Outcome:
                 choices=choices,
             )
             with Liveness(world, folder.path, folder.number) as liveness, _one_traceback(job, folder, liveness):
-                return trainer.fit(job)
+                outcome = trainer.fit(job)
+                if after is not None and not outcome.stopped:
+                    after(job)
+                return outcome
         finally:
             strategy.close()
 

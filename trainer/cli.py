@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -14,9 +15,11 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, NoReturn
 
+from trainer.sagemaker.failure import failing_noted, write_failure
 from trainer.stop import EXIT_STOPPED, EXIT_WRONG_INPUT, leaving_at_once
 
 if TYPE_CHECKING:
+    from trainer.sagemaker.job import TrainingJob
     from trainer.trainer import Trainer
 
 
@@ -38,7 +41,7 @@ def run(trainer_class: type[Trainer] | None = None, *defaults: str) -> None:
     Raises:
         SystemExit: 0 finished; 2 wrong input; 75 stopped with a checkpoint, start again to go on; 1 anything else.
     """
-    with leaving_at_once(_launcher()):
+    with leaving_at_once(_launcher()), failing_noted():
         code = exit_code(lambda: _train(trainer_class, defaults))
     sys.exit(code)
 
@@ -56,6 +59,7 @@ def exit_code(command: Callable[[], int]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that is gone is worth no stack trace
     try:
         if problem := unsupported_torch():
+            write_failure(f"ConfigError: {problem}")
             print(f"ConfigError: {problem}", file=sys.stderr)
             return EXIT_WRONG_INPUT
         return _exit_code(command)
@@ -104,6 +108,7 @@ def _say_once(line: str, *, anybody: bool = False) -> None:
     from strategies.world import Launch, open_store
 
     line = " ".join(line.split())
+    write_failure(line)
     try:
         launch = Launch.from_env()
     except ConfigError:
@@ -127,18 +132,51 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
         from omegaconf import OmegaConf
 
         from trainer.build import makes_its_own, train
+        from trainer.commands.deliver import deliver
         from trainer.config import register_schemas, with_config
+        from trainer.sagemaker.environment import put_right
+        from trainer.sagemaker.job import TrainingJob, words_of
         from trainer.trainer import Trainer
 
     cls = trainer_class or Trainer
     register_schemas(cls)
+    job = TrainingJob.from_env()
+    if job is not None:
+        sys.argv[1:] = [*job.overrides(), *words_of(sys.argv[1:])]
+        _put_before(job.defaults())
     _refuse_unknown_flags(sys.argv[1:])
     OmegaConf.register_new_resolver("choices", _choices, replace=True)
     own = [f"{group}=own" for group in ("model", "data") if makes_its_own(cls, group)]
     _put_before([*own, *defaults])
+    if job is not None:
+        _say_first([*put_right(), *_fill_in_channels(job, own)])
+    after = None if job is None else functools.partial(deliver, job.model_dir)
     stopped: list[bool] = []
-    with_config(lambda config, choices: stopped.append(train(config, choices).stopped))
+    with_config(lambda config, choices: stopped.append(train(config, choices, after).stopped))
     return EXIT_STOPPED if any(stopped) else 0
+
+
+def _fill_in_channels(job: TrainingJob, own: Sequence[str]) -> list[str]:
+    """Point the data at SageMaker's channels, unless the Trainer makes its own; lines for the log."""
+    from trainer.config import settings_of
+    from trainer.sagemaker.job import channel_overrides
+
+    if "data=own" in own:
+        return []
+    words, unused = channel_overrides(job.channels, settings_of("data", sys.argv[1:]))
+    _put_before(words)
+    filled = [f"from SageMaker's channels: {' '.join(words)}"] if words else []
+    left = "the chosen data takes nothing from the channel {}; where it belongs, write ${{oc.env:SM_CHANNEL_{}}}"
+    return filled + [left.format(name, name.upper()) for name in unused]
+
+
+def _say_first(lines: Sequence[str]) -> None:
+    """From rank 0, before there is a display."""
+    from strategies.world import Launch
+
+    if Launch.from_env().rank == 0:
+        for line in lines:
+            print(line, flush=True)
 
 
 def _refuse_unknown_flags(words: Sequence[str]) -> None:

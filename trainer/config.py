@@ -233,6 +233,13 @@ def compose_launcher(overrides: Sequence[str]) -> Launcher:
     return cast(Launcher, made(config.launcher))
 
 
+def settings_of(group: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """A group's settings as the overrides leave them, whole or not: `???` stands where one has to be given."""
+    config, _ = _opening_dicts(overrides, _composed)
+    found = OmegaConf.to_container(config[group], enum_to_str=True)
+    return {str(key): value for key, value in cast(dict[Any, Any], found).items()}
+
+
 def _called(call: Callable[[], None], words: list[str]) -> None:
     before, sys.argv = sys.argv, words
     try:

@@ -317,7 +317,7 @@ def test_ranks_that_nobody_brings_together_are_refused(workers: Workers, local_s
 
 @pytest.fixture
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
+    for name in (*_TORCHRUN, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -349,6 +349,7 @@ def test_launch_reads_horovodrun_and_mpirun_and_torchrun_before_them(bare_enviro
         assert not launch.on_one_machine
     bare_environment.setenv("RANK", "0")
     bare_environment.setenv("WORLD_SIZE", "1")
+    bare_environment.setenv("TORCHELASTIC_RUN_ID", "none")
     assert Launch.from_env() == Launch()
 
 

@@ -73,6 +73,7 @@ class Command:
 
 COMMANDS = {
     "launch": Command("trainer.commands.launch", "train with several processes on this machine"),
+    "container": Command("trainer.commands.container", "be the entry point of a SageMaker training job's container"),
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),

@@ -45,11 +45,11 @@ class Trained:
         """
         import torch
 
-        from strategies.world import Launch, World, open_store
+        from strategies.world import World
         from trainer.checkpoint import Checkpointer, Checkpoints
         from trainer.checkpoint.catalogue import place_of
 
-        world = World(device=torch.device("cpu"), store=open_store(Launch()))
+        world = World(device=torch.device("cpu"), store=torch.distributed.HashStore())
         address, step = place_of(source)
         keeper = Checkpointer(address, world, Checkpoints(), write=False)
         found = keeper.newest() if step is None else keeper.at(step)

@@ -1,4 +1,4 @@
-"""torchrun's agent for one machine, with what `launch` promises of exit codes, restarts and leave-taking."""
+"""torchrun's agent, with what `launch` promises of exit codes, restarts and leave-taking."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistNetworkError, PrefixStore, TCPStore
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -19,6 +20,8 @@ from trainer.stop import EXIT_STOPPED, EXIT_WRONG_INPUT
 
 LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""
+_ARRIVE_S = 900
+"""How much later than another machine one may be up."""
 _ALONE_S = 30
 _NOTICE_S = 8
 """How long a worker that another one's crash left behind may take to notice by itself, which is a matter of seconds;
@@ -48,35 +51,68 @@ def telling(codes: Iterable[int]) -> int:
     return min(found, key=weight, default=0)
 
 
-class OneMachine(RendezvousHandler):
-    """Where the workers of this machine meet: a store that listens on 127.0.0.1 only, where torchrun's own listens
-    on every interface.
+class Meeting(RendezvousHandler):
+    """Where the agents of a run meet, one on each machine, which all know beforehand who they are.
+
+    Args:
+        store: of all agents.
+        address: of the machine whose agent keeps the store.
+        port: at which it listens.
+        machine: number of this one; 0 keeps the store.
+        machines: how many there are.
+        run_id: keeps runs apart.
     """
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(
+        self, store: TCPStore, address: str, port: int, machine: int = 0, machines: int = 1, run_id: str = "run"
+    ) -> None:
+        self._store = store
+        self._place = RendezvousStoreInfo(address, port)
+        self._machine, self._machines = machine, machines
         self._run_id = run_id
+
+    @classmethod
+    def here(cls, run_id: str) -> Meeting:
+        """Of this machine alone: at 127.0.0.1, where torchrun's own listens on every interface."""
         with socket.socket() as listening:
             listening.bind(("127.0.0.1", 0))
             listening.listen(1024)
-            self._port = int(listening.getsockname()[1])
-            self._store = TCPStore(
-                "127.0.0.1",
-                self._port,
-                is_master=True,
-                wait_for_workers=False,
-                master_listen_fd=listening.detach(),
+            port = int(listening.getsockname()[1])
+            store = TCPStore(
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
             )
+        return cls(store, "127.0.0.1", port, run_id=run_id)
+
+    @classmethod
+    def among(cls, addresses: Sequence[str], machine: int, port: int) -> Meeting:
+        """Of several machines; the first one listens on all its interfaces.
+
+        Raises:
+            ConfigError: the first machine can't be reached, or its port is taken.
+        """
+        from strategies.errors import ConfigError
+
+        try:
+            store = TCPStore(
+                addresses[0], port, is_master=machine == 0, wait_for_workers=False, timeout=timedelta(seconds=_ARRIVE_S)
+            )
+        except (RuntimeError, DistNetworkError) as error:
+            why = str(error).splitlines()[0].rstrip(".")
+            raise ConfigError(
+                f"launch: machine {machine} can't meet the others at {addresses[0]}:{port}: {why}. Look whether it is "
+                "up, and open the port between the machines."
+            ) from error
+        return cls(store, addresses[0], port, machine, len(addresses))
 
     def get_backend(self) -> str:
-        return "one-machine"
+        return "static"
 
     @property
     def use_agent_store(self) -> bool:
         return True
 
     def next_rendezvous(self) -> RendezvousInfo:
-        place = RendezvousStoreInfo("127.0.0.1", self._port)
-        return RendezvousInfo(PrefixStore(self._run_id, self._store), 0, 1, place)
+        return RendezvousInfo(PrefixStore(self._run_id, self._store), self._machine, self._machines, self._place)
 
     def is_closed(self) -> bool:
         return False

@@ -11,12 +11,16 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
 from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
 from trainer.metrics import jsonl
 from trainer.sagemaker.hyperparameters import written
 from trainer.stop import EXIT_STOPPED
+
+if TYPE_CHECKING:
+    from trainer.launch.agent import Meeting
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 _LEAST = (("processes", 1, "--nproc-per-node, "), ("max_restarts", 0, "--max-restarts, "), ("jobs", 1, ""))
@@ -115,11 +119,20 @@ def newest_metrics(folder: Path) -> dict[str, float]:
     return found
 
 
-def launch_local(script: Path, arguments: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Run `script` in `processes` workers and wait for them.
+def launch_local(
+    script: Path, arguments: Sequence[str], processes: int, max_restarts: int, meeting: Meeting | None = None
+) -> int:
+    """Run `script` in `processes` workers of this machine and wait for them.
 
     A signal to this process (Ctrl-C, SIGTERM) is passed on to the workers, which have ten minutes to
     write a checkpoint; a second one ends them.
+
+    Args:
+        script: the training script.
+        arguments: its words.
+        processes: workers on this machine.
+        max_restarts: times to go on after a crash.
+        meeting: of this machine and others that run the same; None: it is alone.
 
     Returns:
         0, or the exit code of the first worker that failed; 128 + the signal's number where a signal ended it.
@@ -127,7 +140,7 @@ def launch_local(script: Path, arguments: Sequence[str], processes: int, max_res
     from torch.distributed.elastic.agent.server.api import WorkerSpec
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 
-    from trainer.launch.agent import LEAVE_S, Agent, OneMachine, shell_code, telling
+    from trainer.launch.agent import LEAVE_S, Agent, Meeting, shell_code, telling
 
     logging.disable(logging.ERROR)  # the workers say what is wrong; torchrun's report would only bury that line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -139,7 +152,7 @@ def launch_local(script: Path, arguments: Sequence[str], processes: int, max_res
         local_world_size=processes,
         entrypoint=sys.executable,
         args=("-u", str(script), *arguments),
-        rdzv_handler=OneMachine(uuid.uuid4().hex),
+        rdzv_handler=meeting or Meeting.here(uuid.uuid4().hex),
         max_restarts=max_restarts,
         monitor_interval=0.2,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from trainer.launch.agent import OneMachine, shell_code, telling
+from trainer.launch.agent import Meeting, shell_code, telling
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_shell_code_of_a_signal_is_128_and_its_number() -> None:
 
 def test_one_machine_listens_on_loopback_only() -> None:
     before = {entry.laddr for entry in psutil.Process().net_connections() if entry.status == "LISTEN"}
-    meeting = OneMachine("run")
+    meeting = Meeting.here("run")
     info = meeting.next_rendezvous()
     info.store.set("key", "value")
     assert info.store.get("key") == b"value"
