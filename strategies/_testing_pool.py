@@ -165,7 +165,11 @@ class Workers:
             raise ValueError(f"Workers: size={size} is not in 1..{self.most}. Make a pool with a larger `most`.")
         self._grow(size)
         # The pool holds the store, as torchrun's agent does: no race for the port, and it outlives each rank.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with socket.create_server(("127.0.0.1", 0), backlog=1024) as listening:
+            port = int(listening.getsockname()[1])
+            store = TCPStore(
+                "127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+            )
         for rank, worker in enumerate(self._workers[:size]):
             os.ftruncate(worker.log.fileno(), 0)
             variables = _variables(rank, size, local_size or size, store.port)

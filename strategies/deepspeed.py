@@ -33,7 +33,7 @@ from strategies._statistics import statistics_of, take_over
 from strategies._torch import TorchStrategy
 from strategies._zero import Partitions, partitions_of
 from strategies._zero_memory import zero_footprint
-from strategies.backends import Backend, check_everywhere, connect_ranks, disconnect_ranks
+from strategies.backends import Backend, check_everywhere, connect_ranks, disconnect_ranks, sharing_device
 from strategies.base import (
     Batch,
     Footprint,
@@ -189,7 +189,7 @@ class DeepSpeedStrategy(TorchStrategy):
         names = {id(value): name for name, value in model.named_parameters()}
         deepspeed = brought_in(self._connected.device)
         start_counting()
-        with unheard():
+        with unheard(), sharing_device():
             self._engine, *_ = deepspeed.initialize(
                 model=model, optimizer=fragmented, config=settings, dist_init_required=False
             )

@@ -16,7 +16,7 @@ from strategies._blocks import find_blocks, with_own_parameters
 from strategies._fsdp_memory import cut, predicted
 from strategies._fully_sharded import Shards, own_output
 from strategies._torch import TorchStrategy, materialise
-from strategies.backends import Backend, connect_ranks, disconnect_ranks
+from strategies.backends import Backend, connect_ranks, disconnect_ranks, sharing_device
 from strategies.base import (
     Batch,
     Footprint,
@@ -99,7 +99,8 @@ class FSDPStrategy(TorchStrategy):
         shape = {_REPLICATE: groups, _SHARD: launch.size // groups}
         if self.sharding in (Sharding.full, Sharding.grad_op):
             del shape[_REPLICATE]
-        self._mesh = init_device_mesh(world.device.type, (*shape.values(),), mesh_dim_names=(*shape,))
+        with sharing_device():
+            self._mesh = init_device_mesh(world.device.type, (*shape.values(),), mesh_dim_names=(*shape,))
         self._world = world
         return world
 
