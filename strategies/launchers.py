@@ -69,7 +69,7 @@ def _read(row: _Row, variables: Environment) -> Started:
         which, of = (source if isinstance(source, str) else row.by for source in (row.rank, row.size))
         raise ConfigError(
             f"Launch: {which}={rank} is not below {of}={size}. "
-            "Start every process of the run with the same number of ranks; a launcher sets both."
+            "Start every process of the run with the same number of ranks; a launcher such as torchrun sets both."
         )
     local_rank = _take(row.local_rank, variables, rank)
     local_size = _take(row.local_size, variables, 0) or None

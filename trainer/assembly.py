@@ -61,8 +61,6 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
         ConfigError: some setting is wrong, or two contradict each other; on every rank.
     """
     refuse_contradictions(trainer, job)
-    if (launch := Launch.from_env()).by is not None:
-        say(launch.describe())
     data = _make_data(trainer, job, say)
     if job.model is not None:
         with job.world.together():
@@ -87,6 +85,8 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
         workers=workers_of(job),
         pin_memory=job.world.device.type == "cuda",
     )
+    if (launch := Launch.from_env()).by is not None:
+        say(launch.describe())
     return Parts(
         data=data,
         model=model,

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from trainer.secrets import hidden
+
 _SHOWN = 1024
 """Characters that the service shows."""
 
@@ -23,7 +25,7 @@ def write_failure(reason: str, variables: Mapping[str, str] = os.environ) -> Non
     with contextlib.suppress(OSError):  # a full disk may be the reason: it is on the console too
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
-            file.write(" ".join(reason.split())[:_SHOWN])
+            file.write(hidden(" ".join(reason.split()))[:_SHOWN])
 
 
 @contextlib.contextmanager

@@ -114,7 +114,13 @@ def _value(value: Any) -> str:
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z_][\w-]*", name) else _quoted(name)
+    escaped = re.sub(r"([\\()\[\]{}:=,\t ])", r"\\\1", name)
+    if not name or re.search(r"[^\w/+.$%*@?|\\()\[\]{}:=,\t -]", name):
+        raise ConfigError(
+            f"SageMaker: the key {name!r} inside of a value can't be written as an override. Name it with letters, "
+            "digits, blanks and - _ . / (hyperparameters)."
+        )
+    return escaped
 
 
 def _text(text: str) -> str:
