@@ -28,6 +28,7 @@ class Container:
     program: str = "scripts/train.py"
     hosts: Sequence[str] = ("localhost",)
     host: str = "localhost"
+    instance_type: str = "ml.c5.xlarge"
     channels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Contents of files, by channel and name."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -49,9 +50,9 @@ class Container:
         (config / "hyperparameters.json").write_text(json.dumps(sent))
         resources = {
             "current_host": self.host, "hosts": list(self.hosts), "network_interface_name": "lo",
-            "current_instance_type": "ml.c5.xlarge", "current_group_name": "all",
+            "current_instance_type": self.instance_type, "current_group_name": "all",
             "instance_groups": [
-                {"instance_group_name": "all", "instance_type": "ml.c5.xlarge", "hosts": list(self.hosts)}
+                {"instance_group_name": "all", "instance_type": self.instance_type, "hosts": list(self.hosts)}
             ],
         }  # fmt: skip
         (config / "resourceconfig.json").write_text(json.dumps(resources))
