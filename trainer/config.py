@@ -261,7 +261,9 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
             return compose_with(words)
         except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError) as error:  # Hydra's slips too
             key = _missing_in_dict(error)
-            at = [index for index, word in enumerate(words) if key is not None and word.startswith(f"{key}=")]
+            at = [
+                index for index, word in enumerate(words) if key is not None and word.startswith((f"{key}=", f"{key}."))
+            ]
             if not at:
                 raise explained(error, words) from error
             words[at[0]] = f"++{words[at[0]]}"

@@ -72,7 +72,7 @@ class Command:
 
 
 COMMANDS = {
-    "launch": Command("trainer.commands.launch", "train with several processes on this machine"),
+    "launch": Command("trainer.commands.launch", "train with several processes on this machine, or elsewhere"),
     "container": Command("trainer.commands.container", "be the entry point of a SageMaker training job's container"),
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
@@ -82,5 +82,8 @@ COMMANDS = {
         "trainer.commands.import_checkpoint", "go on from a checkpoint of DeepSpeed or Accelerate"
     ),
     "report": Command("trainer.commands.report", "show how runs went or go, in one HTML page"),
+    "metric-definitions": Command(
+        "trainer.commands.metric_definitions", "print the regexes by which SageMaker reads a run's numbers"
+    ),
     "bench": Command("trainer.commands.bench", "measure what the Trainer costs over a loop written by hand"),
 }

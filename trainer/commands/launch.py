@@ -30,20 +30,52 @@ def parser() -> Parser:
     found.add_argument(
         "--max-restarts", "--max_restarts", type=int, metavar="N", help="times to go on after a crash; default: 0"
     )
+    found.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
     found.add_argument("--script", type=Path, default=SCRIPT, help="a script of your own that calls trainer.run")
     return found
 
 
 def main(options: Namespace) -> int:
     """Answers with the exit code of the first worker that failed, where bare torchrun answers 1."""
-    from trainer.launch import LaunchJob
+    from trainer.launch import LaunchJob, LocalLauncher
 
     ours, others = split(options.rest)
     flags = {"processes": options.nproc_per_node, "max_restarts": options.max_restarts}
     launcher = launcher_of(ours, {key: value for key, value in flags.items() if value is not None})
-    job = LaunchJob(name=options.script.stem, script=options.script, overrides=tuple(others))
+    here = isinstance(launcher, LocalLauncher)
+    name = options.script.stem if here else name_of_run(options.script, others)
+    job = LaunchJob(name=name, script=options.script, overrides=tuple(others))
     launcher.check([job])
+    if options.dry_run:
+        print(launcher.shown(job))
+        return 0
     return launcher.run(job)
+
+
+def name_of_run(script: Path, words: Sequence[str]) -> str:
+    """What the run is called, by which a later job finds its checkpoints; a job that wouldn't compose is refused.
+
+    Raises:
+        ConfigError: something about the words is wrong, or a script of one's own has no name.
+    """
+    from strategies.errors import ConfigError
+
+    if script.resolve() == SCRIPT:
+        from trainer.config import composed, resolved
+        from trainer.run_folder import run_name
+
+        # What only the machine there knows can't be looked at here.
+        config, choices = composed([word for word in words if "${oc.env:" not in word])
+        plain = resolved(config)
+        where = plain["run"]
+        return where["name"] or Path(where["dir"] or run_name(plain, choices)).name
+    given = [word.partition("=")[2].strip("'\"") for word in words if re.match(r"[+]*run\.(name|dir)=", word)]
+    if given and Path(given[-1]).name:
+        return Path(given[-1]).name
+    raise ConfigError(
+        f"launch: what is the run of {script.name} called? A later job goes on from the checkpoints under this name. "
+        "Give one, as in run.name=first (run.name)."
+    )
 
 
 def launcher_of(words: Sequence[str], flags: Mapping[str, int]) -> Launcher:

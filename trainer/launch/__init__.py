@@ -2,7 +2,8 @@
 
 from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
 from trainer.launch.local import LocalLauncher
+from trainer.launch.sagemaker import SageMakerLauncher
 
-SCHEMAS = (LocalLauncher,)
+SCHEMAS = (LocalLauncher, SageMakerLauncher)
 
-__all__ = ["SCHEMAS", "LaunchJob", "LaunchedJob", "Launcher", "LocalLauncher", "State", "Status"]
+__all__ = ["SCHEMAS", "LaunchJob", "LaunchedJob", "Launcher", "LocalLauncher", "SageMakerLauncher", "State", "Status"]

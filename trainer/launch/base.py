@@ -82,6 +82,14 @@ class Launcher(ABC):
         """
 
     @abstractmethod
+    def shown(self, job: LaunchJob) -> str:
+        """What `run` would do, for people who only want to see it; nothing is asked or sent.
+
+        Raises:
+            ConfigError: it wouldn't be taken.
+        """
+
+    @abstractmethod
     def start(self, job: LaunchJob) -> LaunchedJob:
         """Hand the job over and come back at once, leaving the terminal alone.
 

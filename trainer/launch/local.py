@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from strategies.errors import ConfigError
 from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
 from trainer.metrics import jsonl
 from trainer.sagemaker.hyperparameters import written
+from trainer.secrets import redacted_words
 from trainer.stop import EXIT_STOPPED
 
 if TYPE_CHECKING:
@@ -53,6 +55,11 @@ class LocalLauncher(Launcher):
         for job in jobs:
             if not job.script.is_file():
                 raise ConfigError(f"launch: there is no script {job.script}. Name a file (--script).")
+
+    def shown(self, job: LaunchJob) -> str:
+        words = [sys.executable, "-u", str(job.script), *redacted_words(job.overrides)]
+        times = "" if self.max_restarts == 0 else f", again after a crash up to {self.max_restarts} times"
+        return f"{self.num_processes()} processes of this machine{times}: {shlex.join(words)}"
 
     def start(self, job: LaunchJob) -> LaunchedJob:
         return _LocalJob(job, self)

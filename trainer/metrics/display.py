@@ -50,7 +50,7 @@ class Display:
             now: a clock in seconds.
         """
         stream = sys.stdout if stream is None else stream
-        live = rank == 0 and _is_terminal(stream)
+        live = rank == 0 and is_terminal(stream)
         self._screen: Screen = LiveScreen(stream) if live else PlainScreen(stream if rank == 0 else None)
         self._now = now
         self._pace: deque[tuple[int, float]] = deque(maxlen=_ETA_WINDOW)
@@ -170,5 +170,6 @@ def render(renderable: RenderableType, width: int = 100) -> str:
     return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
 
 
-def _is_terminal(stream: TextIO) -> bool:
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person looks at it who can see more than lines."""
     return stream.isatty() and os.environ.get("TERM", "dumb") != "dumb"
