@@ -31,6 +31,7 @@ def parser() -> Parser:
         "--max-restarts", "--max_restarts", type=int, metavar="N", help="times to go on after a crash; default: 0"
     )
     found.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
+    found.add_argument("--name", help="of the run, where it is started elsewhere; default: run.name, or made")
     found.add_argument("--script", type=Path, default=SCRIPT, help="a script of your own that calls trainer.run")
     return found
 
@@ -43,7 +44,7 @@ def main(options: Namespace) -> int:
     flags = {"processes": options.nproc_per_node, "max_restarts": options.max_restarts}
     launcher = launcher_of(ours, {key: value for key, value in flags.items() if value is not None})
     here = isinstance(launcher, LocalLauncher)
-    name = options.script.stem if here else name_of_run(options.script, others)
+    name = options.script.stem if here else name_of_run(options.script, others, options.name)
     job = LaunchJob(name=name, script=options.script, overrides=tuple(others))
     launcher.check([job])
     if options.dry_run:
@@ -52,7 +53,7 @@ def main(options: Namespace) -> int:
     return launcher.run(job)
 
 
-def name_of_run(script: Path, words: Sequence[str]) -> str:
+def name_of_run(script: Path, words: Sequence[str], given: str | None = None) -> str:
     """What the run is called, by which a later job finds its checkpoints; a job that wouldn't compose is refused.
 
     Raises:
@@ -68,13 +69,13 @@ def name_of_run(script: Path, words: Sequence[str]) -> str:
         config, choices = composed([word for word in words if "${oc.env:" not in word])
         plain = resolved(config)
         where = plain["run"]
-        return where["name"] or Path(where["dir"] or run_name(plain, choices)).name
-    given = [word.partition("=")[2].strip("'\"") for word in words if re.match(r"[+]*run\.(name|dir)=", word)]
-    if given and Path(given[-1]).name:
-        return Path(given[-1]).name
+        return given or where["name"] or Path(where["dir"] or run_name(plain, choices)).name
+    said = [word.partition("=")[2].strip("'\"") for word in words if re.match(r"[+]*run\.(name|dir)=", word)]
+    if name := given or (Path(said[-1]).name if said else ""):
+        return name
     raise ConfigError(
         f"launch: what is the run of {script.name} called? A later job goes on from the checkpoints under this name. "
-        "Give one, as in run.name=first (run.name)."
+        "Give one, as in --name first (--name)."
     )
 
 

@@ -54,7 +54,7 @@ def training_job(
         "EnableManagedSpotTraining": settings.spot,
         "EnableNetworkIsolation": settings.network.isolated,
         "EnableInterContainerTrafficEncryption": settings.network.encrypted,
-        "Tags": [{"Key": name, "Value": value} for name, value in {"shardwright-run": run, **settings.tags}.items()],
+        "Tags": [{"Key": name, "Value": value} for name, value in settings.tags.items()],
     }
     if settings.retries is not None:
         request["RetryStrategy"] = {"MaximumRetryAttempts": settings.retries}

@@ -21,7 +21,7 @@ export PYTHONPATH="$code/shardwright${PYTHONPATH:+:$PYTHONPATH}"
 if [ -n "${SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY:-}" ]; then
     export PIP_CACHE_DIR="${PIP_CACHE_DIR:-$SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY/pip}"
 fi
-python3 "$code/shardwright/scripts/container_setup.py" "$base/output/failure" || exit $?
+python3 "$code/shardwright/trainer/launch/container_setup.py" "$base/output/failure" || exit $?
 
 export SHARDWRIGHT_SCRIPT="$code/$SHARDWRIGHT_SCRIPT"
 cd "$code" || exit 1

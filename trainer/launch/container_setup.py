@@ -1,6 +1,7 @@
 """In a container, before anything of ours can be imported: install what the image lacks, and leave its torch alone.
 
-The first word is the failure file. Syntax and imports stay such that an old Python can say that it is too old.
+Run as a file; the first word is the failure file. Nothing of ours is imported, and syntax stays such
+that an old Python can say that it is too old.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 OLDEST = (3, 11)
 # What is built against the image's torch, CUDA and drivers: pip keeps these versions, or says that it can't.
 KEPT = re.compile(
