@@ -261,13 +261,17 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
             return compose_with(words)
         except (HydraException, OmegaConfBaseException, OSError, ValueError, TypeError) as error:  # Hydra's slips too
             key = _missing_in_dict(error)
-            at = [
-                index for index, word in enumerate(words) if key is not None and word.startswith((f"{key}=", f"{key}."))
-            ]
+            at = [index for index, word in enumerate(words) if key is not None and _gives(word, key)]
             if not at:
                 raise explained(error, words) from error
             words[at[0]] = f"++{words[at[0]]}"
     raise AssertionError("each turn opens one key")
+
+
+def _gives(word: str, key: str) -> bool:
+    """Whether an override sets the key, something in it, or a dictionary that it is in."""
+    name, _, value = word.partition("=")
+    return name == key or name.startswith(f"{key}.") or (value.startswith("{") and key.startswith(f"{name}."))
 
 
 def _missing_in_dict(error: BaseException | None) -> str | None:

@@ -45,7 +45,8 @@ def main(failure: Path) -> int:
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("".join(f"{name}=={found}\n" for name, found in kept().items()))
-        print("installing", " ".join(wanted), flush=True)
+        sys.stdout.write(f"installing {' '.join(wanted)}\n")
+        sys.stdout.flush()
         problem = installed([*wanted, "-c", str(constraints)])
     if problem is None:
         return 0
@@ -58,7 +59,8 @@ def installed(wanted: list[str]) -> str | None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines = []
         for line in process.stdout or ():
-            print(line, end="", flush=True)
+            sys.stdout.write(line)
+            sys.stdout.flush()
             lines.append(line.strip())
     if process.returncode == 0:
         return None
@@ -102,7 +104,7 @@ def fail(failure: Path, reason: str, fix: str) -> int:
     failure.parent.mkdir(parents=True, exist_ok=True)
     if not failure.exists() or not failure.stat().st_size:
         failure.write_text(line + "\n")
-    print(line, file=sys.stderr, flush=True)
+    sys.stderr.write(line + "\n")
     return 2
 
 

@@ -107,6 +107,11 @@ class SageMakerLauncher(Launcher):
                 f"launch: max_restarts={self.max_restarts} is torchrun's, mpirun can't go on after a crash. Use "
                 "launcher.distribution=torchrun, or launcher.retries (launcher.max_restarts)."
             )
+        if self.max_restarts and self.instance_count > 1:
+            raise ConfigError(
+                f"launch: max_restarts={self.max_restarts} is for one host, and there are {self.instance_count}: the "
+                "others would wait for one that begins again. Leave it out (launcher.max_restarts)."
+            )
         if self.distribution_now is Distribution.torchrun and self.mpi_options:
             raise ConfigError(
                 f"launch: mpi_options={self.mpi_options!r} are for mpirun. Set launcher.distribution=mpi, or leave "

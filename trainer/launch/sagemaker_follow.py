@@ -110,7 +110,7 @@ class Watch:
             return EXIT_STOPPED
         reason = str(found.get("FailureReason", ""))
         self._screen.print(hidden(printable(first_line(reason))))
-        if f"exit code: {EXIT_STOPPED}" in reason:
+        if re.search(rf"exit code:? {EXIT_STOPPED}\b", reason):
             return EXIT_STOPPED
         return EXIT_WRONG_INPUT if "ConfigError:" in reason else 1
 
