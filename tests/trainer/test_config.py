@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from strategies.errors import ConfigError
 from trainer.complaints import CONF
-from trainer.config import compose, made, refuse_wrong, restored
+from trainer.config import compose, compose_launcher, made, refuse_wrong, restored
+from trainer.launch import Launcher, SageMakerLauncher
+from trainer.launch.sagemaker_parts import channel
 from trainer.run_folder import differences, run_name
 from trainer.secrets import redacted, redacted_words
 
@@ -28,6 +30,9 @@ def test_compose_every_yaml_gives_an_object(group: str, option: str) -> None:
     needed = {"hub": ["data.path=squad"], "jsonl": file, "parquet": file, "messages": file, "hf": ["model.path=x"],
               "text": ["data.paths=[x]"], "tokens": ["data.paths=[x]"], "images": ["data.path=x"],
               "mlm_esm_gpu": file, "vit_images_gpu": ["data.path=x"]}.get(option, [])  # fmt: skip
+    if group == "launcher":  # has a root of its own
+        assert isinstance(compose_launcher([f"launcher={option}"]), Launcher)
+        return
     choice = f"{group}=[{option}]" if group in ("logger", "hooks") else f"{group}={option}"
     config = compose([choice, *needed])
     for name in config:
@@ -56,7 +61,7 @@ def test_compose_default_is_the_public_surface() -> None:
         (["optimizer.lr=[1]"], ["optimizer.lr"]),
         (["optimizer.betas=x"], ["optimizer.betas"]),
         (["model=llama_tny"], ["model=llama_tny", "llama_tiny"]),
-        (["hooks=[]", "hooks.samples.length=3"], ["hooks.samples", "nothing to choose"]),
+        (["hooks=[]", "hooks.samples.length=3"], ["hooks.samples", "Choose it with hooks=[samples]"]),
         (["logger=[tensorbord]"], ["tensorbord", "tensorboard"]),
         (["experiment=nothing"], ["experiment=nothing", "lora_answers"]),
         (["strategy.hook=["], ["strategy.hook=["]),
@@ -169,3 +174,19 @@ def test_differences_of_another_choice_leave_out_the_keys_of_one_class_only() ->
 
 def test_compose_experiment_may_be_written_with_a_plus() -> None:
     assert compose(["+experiment=lora_answers"]) == compose(["experiment=lora_answers"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["launcher.tags.team=nlp", "launcher.channels.train=s3://data/x"],
+        ["launcher.tags={team:nlp}", "launcher.channels={train:'s3://data/x'}"],
+        ["launcher.tags.team=nlp", "launcher.channels.train.uri=s3://data/x"],
+        ["++launcher.tags.team=nlp", "+launcher.channels.train={uri:'s3://data/x'}"],
+    ],
+)
+def test_dictionary_may_be_given_whole_or_by_its_keys(words: list[str]) -> None:
+    launcher = compose_launcher(["launcher=sagemaker", *words])
+    assert isinstance(launcher, SageMakerLauncher)
+    assert launcher.tags == {"team": "nlp"}
+    assert channel("train", launcher.channels["train"]).uri == "s3://data/x"
