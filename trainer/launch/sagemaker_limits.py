@@ -70,7 +70,7 @@ def address(given: str, key: str) -> str:
     if (
         not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket)
         or not re.fullmatch(r"[\w!.*'()/=+@-]*", prefix, re.ASCII)
-        or "//" in prefix
+        or "//" in text
         or len(text) > 800
     ):
         raise ConfigError(f"launch: {given!r} is no place in S3. Write bucket/prefix ({key}).")
