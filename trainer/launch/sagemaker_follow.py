@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
+from strategies.errors import ConfigError
 from trainer.launch.base import State
 from trainer.launch.sagemaker_job import console_link, first_line, status_of
 from trainer.metrics.display import is_terminal
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.launch.sagemaker_job import Services
 
 EVERY_S = 5.0
+_PATIENCE_S = 600.0
 _STEP = re.compile(r"\bstep=(\d+)(?:/(\d+))? (\S+=.*)")
 _PAIR = re.compile(r"(\w+)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?=\s|$)")
 
@@ -53,7 +55,7 @@ def follow(
     while True:
         try:
             screen.open()
-            while not watch.look():
+            while not watch.look_patiently():
                 time.sleep(every_s)
             screen.close()
             return watch.end()
@@ -78,6 +80,26 @@ class Watch:
         self._seen: set[tuple[str, str]] = set()
         self._total: int | None = None
         self._found: dict[str, Any] = {}
+        self._lost: float | None = None
+
+    def look_patiently(self) -> bool:
+        """The same, but for a while it doesn't matter if AWS can't be reached; the job goes on without this terminal.
+
+        Raises:
+            ConfigError: it couldn't be reached for long.
+        """
+        try:
+            over = self.look()
+        except ConfigError as error:
+            now = time.monotonic()
+            if self._lost is None:
+                self._lost = now
+                self._screen.print(f"{error} The job goes on; asking again for {duration(_PATIENCE_S)}.")
+            if now - self._lost > _PATIENCE_S:
+                raise
+            return False
+        self._lost = None
+        return over
 
     def look(self) -> bool:
         """Show what is new; True: the job is over, and its log was read to the end."""

@@ -234,7 +234,7 @@ def test_services_without_credentials_say_what_to_set(aws: Service, monkeypatch:
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     bare = Services("us-east-1")
-    with pytest.raises(ConfigError, match="credentials. Set AWS_PROFILE"):
+    with pytest.raises(ConfigError, match=r"credentials\. Set AWS_PROFILE"):
         bare.describe("mine-1")
     bare.close()
 
@@ -249,3 +249,17 @@ def test_services_without_credentials_say_what_to_set(aws: Service, monkeypatch:
 )
 def test_console_link_leads_to_the_partition_s_console(region: str, host: str) -> None:
     assert console_link("mine-1", region) == f"https://{host}/sagemaker/home?region={region}#/jobs/mine-1"
+
+
+def test_follow_outlasts_a_short_silence_of_aws_but_not_a_long_one(
+    aws: Service, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent = {"__type": "ExpiredTokenException", "message": "expired"}
+    answering(aws, silent, silent, described("Completed", "Completed"))
+    code, out = show(services)
+    assert code == 0
+    assert out.count("ExpiredTokenException: expired. Log in again. The job goes on") == 1
+    monkeypatch.setattr("trainer.launch.sagemaker_follow._PATIENCE_S", 0.0)
+    answering(aws, silent)
+    with pytest.raises(ConfigError, match="Log in again"):
+        show(services)
