@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -170,7 +171,19 @@ class SageMakerLauncher(Launcher):
         from trainer.launch.sagemaker_job import Services, SubmittedJob
 
         services = Services(self.region)
-        return SubmittedJob(job, self._submitted(job, services), services)
+        return SubmittedJob(job, str(self._submitted(job, services)["TrainingJobName"]), services)
+
+    def find(self, job: LaunchJob, handle: str) -> LaunchedJob | None:
+        """A job that was started before, which SageMaker never forgets.
+
+        Args:
+            job: what was started.
+            handle: the name that SageMaker knows it by.
+        """
+        from trainer.launch.sagemaker_job import Services, SubmittedJob
+
+        services = Services(self.region)
+        return SubmittedJob(job, handle, services) if services.knows(handle) else None
 
     def run(self, job: LaunchJob) -> int:
         from trainer.launch.sagemaker_follow import follow
@@ -178,9 +191,8 @@ class SageMakerLauncher(Launcher):
 
         for line in self.remarks():
             _tell(line)
-        services = Services(self.region)
-        request = self._submitted(job, services)
-        return follow(request, services, sys.stdout)
+        with closing(Services(self.region)) as services:
+            return follow(self._submitted(job, services), services, sys.stdout)
 
     def shown(self, job: LaunchJob) -> str:
         for line in self.remarks():
@@ -194,7 +206,7 @@ class SageMakerLauncher(Launcher):
 
         return training_job(
             self,
-            run=job.name,
+            run=job.name if job.folder is None else f"{job.folder.parent.name}-{job.name}",
             words=self._words(job),
             script=code.script,
             code=self.place_of(code),

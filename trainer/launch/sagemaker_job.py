@@ -120,6 +120,21 @@ class Services:
         except ClientError:  # who may start jobs may not be allowed to list them
             return
 
+    def knows(self, name: str) -> bool:
+        """Whether there is, or was, a job of this name."""
+        from botocore.exceptions import ClientError
+
+        try:
+            with told(ClientError):
+                self.jobs.describe_training_job(TrainingJobName=name)
+        except ClientError as error:
+            said = error.response.get("Error", {})
+            if re.search(r"not (be )?f(ou|i)nd", str(said.get("Message", ""))):
+                return False
+            with told():
+                raise
+        return True
+
     def describe(self, name: str) -> dict[str, Any]:
         """Everything that SageMaker says of a job."""
         with told():
@@ -161,15 +176,20 @@ class SubmittedJob(LaunchedJob):
     def __init__(
         self,
         job: LaunchJob,
-        request: Mapping[str, Any],
+        name: str,
         services: Services,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.job = job
-        self.name: str = request["TrainingJobName"]
+        self.name = name
         self._services, self._now = services, now
         self._asked = -_PATIENCE_S
         self._known = Status(state=State.waiting)
+
+    @property
+    def handle(self) -> str:
+        """The name that SageMaker knows it by."""
+        return self.name
 
     def status(self) -> Status:
         if not self._known.state.over and self._now() - self._asked >= _PATIENCE_S:

@@ -193,7 +193,7 @@ def test_follow_on_a_terminal_shows_a_bar(aws: Service, services: Services, monk
 
 def test_submitted_job_is_asked_about_at_most_every_ten_seconds(aws: Service, services: Services) -> None:
     now = [0.0]
-    job = SubmittedJob(LaunchJob(name="mine", script=ROOT), REQUEST, services, now=lambda: now[0])
+    job = SubmittedJob(LaunchJob(name="mine", script=ROOT), "mine-1", services, now=lambda: now[0])
     answering(
         aws,
         described("InProgress", "Starting"),
@@ -220,7 +220,7 @@ def test_submitted_job_is_asked_about_at_most_every_ten_seconds(aws: Service, se
 def test_submitted_job_is_stopped(aws: Service, services: Services) -> None:
     answering(aws, described("InProgress"))
     aws.answers["StopTrainingJob"] = lambda asked: {}
-    SubmittedJob(LaunchJob(name="mine", script=ROOT), REQUEST, services).stop()
+    SubmittedJob(LaunchJob(name="mine", script=ROOT), "mine-1", services).stop()
     assert aws.asked("StopTrainingJob") == [{"TrainingJobName": "mine-1"}]
 
 

@@ -14,6 +14,9 @@ import pytest
 
 from tests.trainer.launch.service import IMAGE, NEEDED, ROLE, Service, aws, service_process
 from trainer.commands import COMMANDS
+from trainer.commands.launch import SCRIPT, launcher_of
+from trainer.launch import LaunchJob, SageMakerLauncher, State
+from trainer.launch.sagemaker_job import SubmittedJob
 from trainer.sagemaker.hyperparameters import overrides_of
 from trainer.sagemaker.metric_definitions import as_request, metric_definitions
 
@@ -263,3 +266,18 @@ def test_what_aws_refuses_is_one_line(
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_job_of_a_sweep_has_checkpoints_of_its_own_and_is_found_again(aws: Service, tmp_path: Path) -> None:
+    launcher = launcher_of(NEEDED, {})
+    job = LaunchJob(name="003", script=SCRIPT, overrides=TINY[:2], folder=tmp_path / "sweep-lr" / "003")
+    started = launcher.start(job)
+    assert isinstance(started, SubmittedJob)
+    [request] = aws.asked("CreateTrainingJob")
+    assert request["CheckpointConfig"]["S3Uri"] == "s3://models/mine/sweep-lr-003/checkpoints"
+    assert started.status().state is State.finished  # moto's jobs end at once
+    assert isinstance(launcher, SageMakerLauncher)
+    found = launcher.find(job, started.handle)
+    assert found is not None
+    assert found.status().state is State.finished
+    assert launcher.find(job, "nobody-knows-it") is None
