@@ -100,7 +100,9 @@ def pack(source: Source, *, for_toolkit: bool = False) -> Code:
         _add(files, name, each.resolve(), "launcher.dependencies")
     if inside not in files:
         raise ConfigError(f"launch: {source.script} would be left out of what is sent. Rename it (--script).")
-    texts = {REQUIREMENTS: "\n".join(needs()) + "\n", **_job_requirements(files, source, folder, for_toolkit)}
+    # The toolkit's pip would replace a torch outside of the range; our own start refuses it.
+    lines = [line for line in needs() if not (for_toolkit and re.match(r"torch\b", line))]
+    texts = {REQUIREMENTS: "\n".join(lines) + "\n", **_job_requirements(files, source, for_toolkit)}
     return Code(archive=_archive(files, texts), start=START.read_bytes(), script=inside)
 
 
@@ -125,7 +127,7 @@ def needs() -> list[str]:
     return sorted(found)
 
 
-def _job_requirements(files: dict[str, Path], source: Source, folder: Path, for_toolkit: bool) -> dict[str, str]:
+def _job_requirements(files: dict[str, Path], source: Source, for_toolkit: bool) -> dict[str, str]:
     """Texts that lead pip to the user's requirements, whose own place in the archive keeps their includes right."""
     given = source.requirements
     if given is not None and not given.is_file():

@@ -149,6 +149,7 @@ def test_pack_leads_pip_to_the_job_s_requirements(tmp_path: Path, for_toolkit: b
     code = pack(Source(script=script), for_toolkit=for_toolkit)
     at = text(code, JOB_REQUIREMENTS).removeprefix("-r ../").strip()
     assert text(code, at) == "mine==1\n"
+    assert any(line.startswith("torch>") for line in text(code, REQUIREMENTS).split()) is not for_toolkit
     if for_toolkit:
         assert text(code, "requirements.txt") == f"-r {REQUIREMENTS}\n-r {JOB_REQUIREMENTS}\n"
     other = tmp_path / "more.txt"
