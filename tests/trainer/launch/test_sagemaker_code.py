@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from strategies.errors import ConfigError
 from tests.trainer.launch.service import Service, aws, service_process
@@ -140,6 +141,15 @@ def test_needs_are_those_of_the_package_and_the_range_of_torch() -> None:
     assert {"hydra-core", "torch", "transformers", "numpy"} <= found.keys()
     assert "pytest" not in found
     assert "deepspeed==0.19.8" not in needs()
+
+
+def test_needs_of_an_installed_package_are_those_of_its_metadata(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {line.replace(" ", "") for line in needs()}
+    monkeypatch.setattr(sagemaker_code, "ROOT", tmp_path)
+    found = {Requirement(line).name for line in needs()}
+    assert found == {Requirement(line).name for line in before}
 
 
 @pytest.mark.parametrize("for_toolkit", [False, True])
