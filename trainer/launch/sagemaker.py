@@ -189,13 +189,13 @@ class SageMakerLauncher(Launcher):
         from trainer.launch.sagemaker_follow import follow
         from trainer.launch.sagemaker_job import Services
 
-        for line in self.remarks():
+        for line in self.remarks(job.overrides):
             _tell(line)
         with closing(Services(self.region)) as services:
             return follow(self._submitted(job, services), services, sys.stdout)
 
     def shown(self, job: LaunchJob) -> str:
-        for line in self.remarks():
+        for line in self.remarks(job.overrides):
             _tell(line)
         hidden = LaunchJob(name=job.name, script=job.script, overrides=tuple(redacted_words(job.overrides)))
         return json.dumps(redacted(self.request(hidden, self.packed_code(job))), indent=1)
@@ -229,8 +229,12 @@ class SageMakerLauncher(Launcher):
         )
         return pack(source, for_toolkit=self.distribution_now is not Distribution.torchrun)
 
-    def remarks(self) -> list[str]:
-        """What a person should know before it costs something."""
+    def remarks(self, words: Sequence[str] = ()) -> list[str]:
+        """What a person should know before it costs something.
+
+        Args:
+            words: of the job.
+        """
         kind, several = limits.instance_type(self.instance_type), self.instance_count > 1
         found = [about_old_name(self.distribution)]
         if several and not limits.has_efa(kind):
@@ -245,6 +249,11 @@ class SageMakerLauncher(Launcher):
             )
         if self.network.isolated:
             found.append("isolated: nothing can be installed or downloaded, the image must hold it all")
+        if secrets := [word.partition("=")[0] for word in words if redacted_words([word]) != [word]]:
+            found.append(
+                f"{', '.join(secrets)}: whoever may describe the job can read it; better read it from Secrets Manager "
+                "in the job"
+            )
         return [line for line in found if line is not None]
 
     def _submitted(self, job: LaunchJob, services: Any) -> dict[str, Any]:

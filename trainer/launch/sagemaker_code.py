@@ -29,7 +29,10 @@ _PACKAGES = ("trainer", "strategies", "conf", "scripts")
 _MOST_BYTES = 200 * 2**20
 _LEFT_OUT = {"__pycache__", "node_modules", "site-packages"}
 _LEFT_OUT_AT_TOP = {"runs", "outputs", "multirun", "wandb", "mlruns", "lightning_logs"}
-_SECRET = re.compile(r".*\.(pem|key|p12|pfx|keystore)|id_(rsa|dsa|ecdsa|ed25519).*|credentials(\..*)?", re.IGNORECASE)
+_SECRET = re.compile(
+    r".*\.(pem|key|p12|pfx|keystore)|id_(rsa|dsa|ecdsa|ed25519).*|credentials(\.(json|csv|ya?ml|toml|ini|txt))?",
+    re.IGNORECASE,
+)
 _OTHERS = re.compile(r".*(\.pyc|\.pyo|\.egg-info|\.swp|~)")
 
 
@@ -171,8 +174,13 @@ def _add(files: dict[str, Path], name: str, folder: Path, what: str, *, top: boo
 
 def _walk(folder: Path, *, top: bool) -> Iterator[tuple[str, Path]]:
     """Relative names and files, without what nobody wants to send."""
-    for here, folders, names in os.walk(folder):
+    seen: set[str] = set()
+    for here, folders, names in os.walk(folder, followlinks=True):
         base = Path(here)
+        if (real := os.path.realpath(here)) in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         at_top = top and base == folder
         folders[:] = sorted(
             each
@@ -203,9 +211,18 @@ def _archive(files: dict[str, Path], texts: dict[str, str]) -> bytes:
         tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
     ):
         for name in sorted(files.keys() | texts.keys()):
-            content = texts[name].encode() if name in texts else files[name].read_bytes()
+            content = texts[name].encode() if name in texts else _content(files[name])
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             entry.mode = 0o755 if name in files and os.access(files[name], os.X_OK) else 0o644
             archive.addfile(entry, io.BytesIO(content))
     return held.getvalue()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"launch: {path} can't be read: {error.strerror}. Send another folder (launcher.code)."
+        ) from error

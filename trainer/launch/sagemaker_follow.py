@@ -32,7 +32,7 @@ def follow(
     services: Services,
     stream: TextIO,
     *,
-    every_s: float = EVERY_S,
+    every_s: float | None = None,
     ask: Callable[[str], bool] | None = None,
 ) -> int:
     """Show how a job goes until its end; a Ctrl-C asks whether to end it.
@@ -41,13 +41,13 @@ def follow(
         request: that it was created with.
         services: where it is.
         stream: where to show it.
-        every_s: seconds between two looks.
+        every_s: seconds between two looks; None: `EVERY_S`.
         ask: a question for y or n; None: on the terminal, if there is one.
 
     Returns:
         The exit code: 0 completed, 75 stopped, 2 wrong input, 1 failed, 130 left alone after a Ctrl-C.
     """
-    name = str(request["TrainingJobName"])
+    name, every_s = str(request["TrainingJobName"]), EVERY_S if every_s is None else every_s
     screen: Screen = LiveScreen(stream) if is_terminal(stream) else PlainScreen(stream)
     watch = Watch(name, services, screen)
     screen.print(f"job {name}\n{console_link(name, services.region)}")
@@ -57,6 +57,8 @@ def follow(
             screen.open()
             while not watch.look_patiently():
                 time.sleep(every_s)
+            time.sleep(every_s)  # the last lines of a log come after the end, and they say why
+            watch.look_patiently()
             screen.close()
             return watch.end()
         except KeyboardInterrupt:

@@ -152,10 +152,12 @@ class Services:
 
         try:
             with told(ClientError):
-                found = self._logs.describe_log_streams(logGroupName=_LOGS, logStreamNamePrefix=f"{name}/")
+                pages = self._logs.get_paginator("describe_log_streams").paginate(
+                    logGroupName=_LOGS, logStreamNamePrefix=f"{name}/"
+                )
+                return [str(stream["logStreamName"]) for page in pages for stream in page.get("logStreams", [])]
         except ClientError:  # no such group yet, or not allowed
             return []
-        return [str(stream["logStreamName"]) for stream in found.get("logStreams", [])]
 
     def log_lines(self, stream: str, token: str | None) -> tuple[list[str], str | None]:
         """The next lines of a log, and from where to go on."""

@@ -80,6 +80,7 @@ def aws(service_process: tuple[str, Service], monkeypatch: pytest.MonkeyPatch) -
     if not any(bucket["Name"] == "models" for bucket in files.list_buckets()["Buckets"]):
         files.create_bucket(Bucket="models")
     files.close()
+    monkeypatch.setattr("trainer.launch.sagemaker_follow.EVERY_S", 0.01)
     service.requests.clear()
     service.answers.clear()
     yield service

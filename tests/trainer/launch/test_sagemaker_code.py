@@ -86,6 +86,7 @@ def project(folder: Path) -> Path:
         "jobs/runs/first/checkpoints/big.safetensors": "",
         "jobs/deploy.pem": "leaked",
         "jobs/credentials.json": "leaked",
+        "jobs/credentials.py": "",
         "jobs/nested/runs/kept.py": "",
         "elsewhere/mylib/__init__.py": "",
         "elsewhere/mylib/text.py": "GREETING = 'hello'\n",
@@ -112,8 +113,8 @@ def text(code: Code, name: str) -> str:
 def test_pack_leaves_out_what_nobody_wants_to_send(tmp_path: Path) -> None:
     code = pack(Source(script=project(tmp_path), dependencies=[tmp_path / "elsewhere" / "mylib"]))
     mine = {name for name in names(code) if not name.startswith("shardwright/")}
-    assert mine == {"train_it.py", "helpers.py", "conf/note.txt", "nested/runs/kept.py", "mylib/__init__.py",
-                    "mylib/text.py"}  # fmt: skip
+    assert mine == {"train_it.py", "helpers.py", "credentials.py", "conf/note.txt", "nested/runs/kept.py",
+                    "mylib/__init__.py", "mylib/text.py"}  # fmt: skip
     assert code.script == "train_it.py"
     ours = {name.removeprefix("shardwright/") for name in names(code) - mine}
     assert {"trainer/cli.py", "strategies/base.py", "conf/config.yaml", "scripts/container.py", "requirements.txt",
@@ -127,6 +128,16 @@ def test_pack_of_the_same_files_is_the_same_whenever_and_wherever_they_are(tmp_p
     assert pack(Source(script=one)).digest == pack(Source(script=two)).digest
     two.write_text(SCRIPT + "\n")
     assert pack(Source(script=one)).digest != pack(Source(script=two)).digest
+
+
+def test_pack_follows_links_but_not_in_circles(tmp_path: Path) -> None:
+    script = project(tmp_path)
+    (script.parent / "linked").symlink_to(tmp_path / "elsewhere" / "mylib")
+    (script.parent / "circle").symlink_to(script.parent)
+    (script.parent / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    found = names(pack(Source(script=script)))
+    assert "linked/text.py" in found
+    assert not {name for name in found if name.startswith("circle") or name == "gone.py"}
 
 
 def test_pack_of_our_own_script_sends_nothing_else() -> None:

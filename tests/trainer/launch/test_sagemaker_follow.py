@@ -119,7 +119,7 @@ class Impatient:
     """Presses Ctrl-C after the first look."""
 
     def __init__(self, service: Service, *then: dict[str, Any]) -> None:
-        left = iter(then)
+        left = itertools.chain(then, itertools.repeat(then[-1] if then else {}))
         self._pressed = False
 
         def answer(asked: dict[str, Any]) -> dict[str, Any]:

@@ -223,5 +223,7 @@ def test_secrets_are_hidden_in_what_is_shown(tmp_path: Path) -> None:
     shown = launcher.shown(job)
     assert "tok-12345678" not in shown
     assert '"LEVEL": "3"' in shown
+    [line] = launcher.remarks(job.overrides)
+    assert line.startswith("+logger.wandb.api_key: whoever may describe the job can read it")
     real = launcher.request(job, launcher.packed_code(job))
     assert real["HyperParameters"]["shardwright_0"] not in shown
