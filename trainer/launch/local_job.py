@@ -46,6 +46,7 @@ class LocalJob(LaunchedJob):
         self.place = place
         self._folder = job.folder
         self._number, self._since, self._child = number, since, child
+        self._asked = False
         self._lines = Follower(job.folder / "metrics.jsonl")
 
     @classmethod
@@ -91,6 +92,8 @@ class LocalJob(LaunchedJob):
         else:
             code = self._child.poll()
             state = State.running if code is None else _STATES.get(code, State.failed)
+            if self._asked and code in _KILLED:  # before it listened, or at the second time
+                state = State.stopped
             detail = f"exit code {code}"
         self._lines.look()
         metrics, curves = self._lines.newest, self._lines.curves
@@ -100,6 +103,7 @@ class LocalJob(LaunchedJob):
         return Status(state=state, detail=why, metrics=metrics, curves=curves)
 
     def stop(self) -> None:
+        self._asked = True
         if self._child is not None:
             if self._child.poll() is None:
                 self._child.send_signal(signal.SIGTERM)
@@ -122,7 +126,7 @@ class LocalJob(LaunchedJob):
         if edges and edges[-1]["event"] == "end":
             state = {"finished": State.finished, "stopped": State.stopped}.get(str(edges[-1].get("outcome")))
             return state or State.failed, str(edges[-1].get("reason", ""))
-        return State.failed, "it ended while nobody looked, without saying why"
+        return State.stopped, ""  # killed, with its launcher or the machine: what it has saved is there
 
     def _reason(self) -> str:
         """The line of the newest start that says why it failed, or the last one."""
@@ -134,6 +138,7 @@ class LocalJob(LaunchedJob):
 
 
 _STATES = {0: State.finished, EXIT_STOPPED: State.stopped}
+_KILLED = {code for number in (signal.SIGTERM, signal.SIGKILL) for code in (-number, 128 + number)}
 
 
 def _said(folder: Path) -> Path:
