@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from trainer.launch.space import SearchSpace
     from trainer.launch.sweep import Plan
 
+_WIDTH = 160
+"""Of a table that goes into a file."""
 _SEARCHES = ("grid", "optuna")
 _ONLY_OPTUNA = ("trials", "sampler", "pruner", "prune_after", "search_seed")
 
@@ -87,6 +90,7 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
     """
     from rich.console import Console
 
+    from strategies.errors import ConfigError
     from trainer.launch.board import Board
     from trainer.launch.book import Book, Objective
     from trainer.launch.search import Grid
@@ -97,6 +101,11 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
     space: SearchSpace | None = None
     if options.search == "optuna":
         space = search_space(words)
+        if not space.parameters:
+            raise ConfigError(
+                "launch: --search optuna has nothing to look for. Give a key several values, as in "
+                "optimizer.lr=tag(log,interval(1e-4,1e-1)) (--search)."
+            )
         fixed, jobs = list(space.fixed), edges(space)
     else:
         fixed, jobs = combinations(words)
@@ -106,12 +115,15 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
     book = Book(folder, about(plan, launcher, words if space else None, options))
     try:
         search = Grid(jobs, book.entries) if space is None else _optuna(options, space, objective, book)
-        console = Console()
+        console = Console() if sys.stdout.isatty() else Console(width=_WIDTH)
         if any(plan.to_do(entry) for entry in book.entries) or len(book.entries) < search.total:
             check(plan, launcher, book, jobs)
         _say(console, begin(book, search, launcher, plan))
-        with Board(objective, lambda: search.total, console) as board:
-            code = Sweep(plan, book, search, launcher, board.show).run()
+        if space is None:
+            book.entries.extend(iter(search.ask, None))  # so that those that wait are shown
+        over = [entry for entry in book.entries if not plan.to_do(entry)]
+        with Board(objective, lambda: search.total, console, over) as board:
+            code = Sweep(plan, book, search, launcher, board.show, board.say).run()
         compare(console, book, objective)
         _say(console, end(book, search, code, plan))
         return code
@@ -208,6 +220,7 @@ def compare(console: Console, book: Book, objective: Objective) -> None:
     write_csv(files[0], book.entries, objective)
     if write_picture(book.folder / "comparison.png", book.entries, objective):
         files.append(book.folder / "comparison.png")
+    _say(console, [f"{entry.name} failed: {entry.detail}" for entry in book.entries if entry.detail])
     _say(console, [_shown(path) for path in files])
 
 

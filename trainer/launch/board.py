@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.launch.book import Entry, Objective, Standing
+from trainer.launch.search import readable
 from trainer.metrics.text import duration, short
 
 _STYLES = {
@@ -32,17 +33,20 @@ _LONGEST = 60
 class Board:
     """Shows the jobs' states while it is open."""
 
-    def __init__(self, objective: Objective, total: Callable[[], int], console: Console) -> None:
+    def __init__(
+        self, objective: Objective, total: Callable[[], int], console: Console, over: Sequence[Entry] = ()
+    ) -> None:
         """It is opened by `with`.
 
         Args:
             objective: orders the jobs.
             total: jobs in all, as far as is known.
             console: where to.
+            over: jobs of which there is nothing more to tell.
         """
         self._objective, self._total, self._console = objective, total, console
-        self._told: dict[str, tuple[Standing, bool]] = {}
-        self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+        self._told = {entry.name: (entry.standing, entry.pruning) for entry in over}
+        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_terminal else None
 
     def __enter__(self) -> Self:
         if self._live is not None:
@@ -62,6 +66,10 @@ class Board:
             return
         most = max(_LEAST_ROWS, self._console.size.height - _MARGIN)
         self._live.update(self._table(entries, most), refresh=True)
+
+    def say(self, text: str) -> None:
+        """A line for people, above the table."""
+        self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
     def _table(self, entries: Sequence[Entry], most: int) -> Table:
         known = {entry.name: place for place, entry in enumerate(self._objective.ranked(entries))}
@@ -88,8 +96,7 @@ class Board:
                 state = entry.standing.value
             numbers = _numbers(entry, name) if entry.standing is not Standing.running else []
             after = [f"{key} {value}" for key, value in numbers] + ([entry.detail] if entry.detail else [])
-            line = ", ".join([f"{entry.name} ({' '.join(entry.words)}): {state}", *after])
-            self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+            self.say(", ".join([f"{entry.name} ({' '.join(entry.words)}): {state}", *after]))
 
 
 def table(entries: Sequence[Entry], objective: str, caption: str = "") -> Table:
@@ -101,13 +108,11 @@ def table(entries: Sequence[Entry], objective: str, caption: str = "") -> Table:
     found.add_column("job", no_wrap=True)
     for key in keys:
         found.add_column(key.rpartition(".")[2], overflow="fold")
-    found.add_column("state")
+    found.add_column("state", no_wrap=True)
     for name in ("step", *names, "time"):
         found.add_column(name, justify="right", no_wrap=True)
-    if any(entry.detail for entry in entries):
-        found.add_column("why", overflow="fold")
     for entry in entries:
-        values = [Text(_cut(_number(entry.values.get(key, "")))) for key in keys]
+        values = [Text(_cut(readable(entry.values.get(key, "")))) for key in keys]
         numbers = dict(_numbers(entry, *names))
         cells: list[str | Text] = [
             entry.name.partition("-")[0],
@@ -115,7 +120,7 @@ def table(entries: Sequence[Entry], objective: str, caption: str = "") -> Table:
             Text(entry.standing.value, _STYLES[entry.standing]),
         ]
         cells += [numbers.get(name, "") for name in ("step", *names, "time")]
-        found.add_row(*cells, *([Text(_cut(entry.detail, 3 * _LONGEST))] if entry.detail else []))
+        found.add_row(*cells)
     return found
 
 
@@ -125,13 +130,5 @@ def _numbers(entry: Entry, *names: str) -> list[tuple[str, str]]:
     return [*found, ("time", duration(entry.seconds))] if entry.seconds else found
 
 
-def _number(text: str) -> str:
-    """A number with as many digits as people read; anything else as it is."""
-    try:
-        return f"{float(text):.4g}" if "." in text or "e" in text else text
-    except ValueError:
-        return text
-
-
-def _cut(text: str, longest: int = _LONGEST) -> str:
-    return text if len(text) <= longest else f"{text[: longest - 3]}..."
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -172,7 +173,11 @@ class Book:
         self._written = text
 
     def close(self) -> None:
-        """Let go of the folder; may be called twice."""
+        """Let go of the folder, of which nothing stays where nothing was written down; may be called twice."""
+        if not self._path.exists():
+            (self.folder / ".lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # somebody else's files are in it
+                self.folder.rmdir()
         self._lock.release()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.launch.book import Entry, Objective, Standing
+from trainer.launch.search import readable
 from trainer.metrics.plots import Points, save, style
 
 if TYPE_CHECKING:
@@ -169,7 +170,5 @@ def _as_number(text: str) -> float | None:
 
 
 def _short(text: str) -> str:
-    number = _as_number(text)
-    if number is not None:
-        return f"{number:.3g}" if any(sign in text for sign in ".e") else text
+    text = readable(text)
     return text if len(text) < 25 else f"{text[:22]}..."

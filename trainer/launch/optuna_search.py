@@ -48,13 +48,8 @@ class OptunaSearch(Search):
         """Begin, or go on after the jobs of `entries`.
 
         Raises:
-            ConfigError: Optuna isn't installed, or nothing varies.
+            ConfigError: Optuna isn't installed.
         """
-        if not space.parameters:
-            raise ConfigError(
-                "launch: --search optuna has nothing to look for. Give a key several values, as in "
-                "optimizer.lr=tag(log,interval(1e-4,1e-1)) (--search)."
-            )
         try:
             import optuna
         except ImportError:
@@ -97,13 +92,12 @@ class OptunaSearch(Search):
     def hopeless(self, entry: Entry) -> bool:
         trial, name = self._trials[entry.name], self._objective.named(self._entries)
         reported = self._reported.get(entry.name, -1)
-        for step, value in sorted(entry.curves.get(name, {}).items()):
-            if step > reported and math.isfinite(value):
+        new = [(step, value) for step, value in sorted(entry.curves.get(name, {}).items()) if step > reported]
+        for step, value in new:
+            if math.isfinite(value):
                 trial.report(value, step)
-                self._reported[entry.name] = step
-                if trial.should_prune():
-                    return True
-        return False
+            self._reported[entry.name] = step
+        return bool(new) and trial.should_prune()  # by where it is now: what it has got over doesn't count
 
     def over(self, entry: Entry) -> None:
         if entry.standing not in (Standing.stopped, Standing.waiting):  # which go on, with the next command

@@ -65,6 +65,15 @@ class Grid(Search):
 
 def job_name(number: int, words: Sequence[str]) -> str:
     """A name that says what is different, such as `003-lr-0-01`."""
-    parts = [word.partition("=")[0].rpartition(".")[2].lstrip("+~") + "-" + word.partition("=")[2] for word in words]
+    pairs = [word.partition("=")[::2] for word in words]
+    parts = [f"{key.rpartition('.')[2].lstrip('+~')}-{readable(value)}" for key, value in pairs]
     text = re.sub(r"[^A-Za-z0-9_]+", "-", "-".join(parts))[:_LONGEST].strip("-")
     return f"{number:03d}-{text}".rstrip("-")
+
+
+def readable(text: str) -> str:
+    """The value of a word: a number with as many digits as people read, anything else as it is."""
+    try:
+        return f"{float(text):.4g}" if re.search(r"[.e]", text) else text
+    except ValueError:
+        return text

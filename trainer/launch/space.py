@@ -86,10 +86,9 @@ def combinations(words: Sequence[str]) -> tuple[list[str], list[tuple[str, ...]]
         ConfigError: as `search_space`; or a range holds infinitely many values, or a value comes twice.
     """
     fixed, swept = _taken_apart(words)
-    jobs = [tuple(job) for job in BasicSweeper.split_arguments([_enumerable(each) for each in swept], None)[0]]
     for each in swept:
-        _refuse_twice_or_none(each, list(each.sweep_string_iterator()))
-    return fixed, jobs
+        _values(each)
+    return fixed, [tuple(job) for job in BasicSweeper.split_arguments(swept, None)[0]]
 
 
 def edges(space: SearchSpace) -> list[tuple[str, ...]]:
@@ -145,34 +144,35 @@ def _loader(words: Sequence[str]) -> Iterator[Any]:
         yield GlobalHydra.instance().config_loader()
 
 
-def _enumerable(override: Override) -> Override:
+def _values(override: Override) -> list[str]:
+    """Each value once, as it stands in a word."""
     if not override.is_discrete_sweep():
         raise ConfigError(
             f"launch: {override.input_line!r} holds more values than can be tried. Name some, as in "
             f"{override.get_key_element()}=1e-3,1e-2, or search with --search optuna ({override.key_or_group})."
         )
-    return override
-
-
-def _refuse_twice_or_none(override: Override, values: Sequence[str]) -> None:
+    try:
+        values = list(override.sweep_string_iterator())
+    except (HydraException, ValueError):  # a range whose step is 0
+        values = []
     if not values:
         raise ConfigError(
             f"launch: {override.input_line!r} holds no value. A range ends before its second number, as in "
-            f"{override.get_key_element()}=range(1,5) for 1 to 4 ({override.key_or_group})."
+            f"{override.get_key_element()}=range(1,5) for 1 to 4, or range(0,1,0.25) ({override.key_or_group})."
         )
     if twice := sorted({value for value in values if values.count(value) > 1}):
         raise ConfigError(
             f"launch: {override.input_line!r} holds {', '.join(twice)} twice, which would be the same job. Name each "
             f"value once ({override.key_or_group})."
         )
+    return values
 
 
 def _parameter(override: Override) -> Parameter:
     key, value = override.get_key_element(), override.value()
     if isinstance(value, IntervalSweep):
         return _interval(override, key, value)
-    values = list(override.sweep_string_iterator())
-    _refuse_twice_or_none(override, values)
+    values = _values(override)
     if isinstance(value, RangeSweep) and not value.shuffle:
         return _range(override, key, value)
     return Categorical(key=key, values=tuple(values))

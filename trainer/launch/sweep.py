@@ -21,6 +21,7 @@ _SAME_STOP_S = 2.0
 _LEAVE_S = 15.0
 """How long jobs that were told to end at once are waited for."""
 _SAVE_S = 5.0
+_TOLD = ("stopping the jobs that run, each with a checkpoint; again: at once", "ending the jobs at once")
 _ENDS = {State.finished: Standing.finished, State.stopped: Standing.stopped, State.failed: Standing.failed}
 
 
@@ -55,6 +56,7 @@ class Sweep:
         search: Search,
         launcher: Launcher,
         show: Callable[[Sequence[Entry]], None],
+        say: Callable[[str], None],
         poll_s: float = 1.0,
     ) -> None:
         """Nothing is started yet.
@@ -65,10 +67,11 @@ class Sweep:
             search: says which to try.
             launcher: starts them.
             show: is told after each look at them.
+            say: tells people one thing.
             poll_s: seconds between two looks.
         """
         self._plan, self._book, self._search, self._launcher, self._show = plan, book, search, launcher, show
-        self._poll_s = poll_s
+        self._say, self._poll_s = say, poll_s
         self._to_do = [entry for entry in book.entries if plan.to_do(entry)]
         self._running: dict[str, LaunchedJob] = {}
         self._entries = {entry.name: entry for entry in book.entries}
@@ -184,6 +187,8 @@ class Sweep:
         """To the jobs, that somebody asked to stop."""
         if self._passed_on < min(2, len(self._asked)):
             self._passed_on += 1
+            if self._running:
+                self._say(_TOLD[self._passed_on - 1])
             for job in self._running.values():
                 job.stop()
 
