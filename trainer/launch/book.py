@@ -208,10 +208,14 @@ def _entry(line: Mapping[str, Any]) -> Entry:
     read = {
         "words": tuple(line["words"]),
         "standing": Standing(line["standing"]),
-        "metrics": {name: float(value) for name, value in line["metrics"].items()},
-        "curves": {name: {step: float(value) for step, value in curve} for name, curve in line["curves"].items()},
+        "metrics": {name: _number(value) for name, value in line["metrics"].items()},
+        "curves": {name: {step: _number(value) for step, value in curve} for name, curve in line["curves"].items()},
     }
     return Entry(**{**line, **read})
+
+
+def _number(value: float | str) -> float:
+    return float(value) if isinstance(value, str) else value
 
 
 def _plain(value: float) -> float | str:

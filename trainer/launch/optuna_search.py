@@ -6,9 +6,12 @@ Hydra's own plugin for Optuna waits for whole batches and sees last values only,
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from strategies.errors import ConfigError
@@ -19,8 +22,8 @@ from trainer.launch.space import Categorical, Continuous, Integer, Parameter, Se
 if TYPE_CHECKING:
     import optuna
 
-_TRIES = 100
-"""Until a space of few points counts as used up."""
+_COUNTABLE = 10_000
+"""A space of at most so many points is used up when each was tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ class OptunaSearch(Search):
         self._space, self._objective, self._entries = space, objective, entries
         self._distributions = {each.key: _distribution(each) for each in space.parameters}
         self._most = settings.trials
+        self._points = _points(space)
+        self._chance = random.Random(settings.search_seed)  # noqa: S311 - no secret comes of it
         self._study = optuna.create_study(
             sampler=_sampler(settings, len(entries)),
             pruner=_pruner(settings),
@@ -75,19 +80,27 @@ class OptunaSearch(Search):
         return max(self._most, len(self._entries))
 
     def ask(self) -> Entry | None:
+        from optuna.trial import TrialState
+
         if len(self._entries) >= self._most:
             return None
-        for _ in range(_TRIES):
-            trial = self._study.ask(self._distributions)
-            words = tuple(f"{each.key}={_written(trial.params[each.key])}" for each in self._space.parameters)
-            same = next((entry for entry in self._entries if entry.words == words), None)
-            if same is None:
-                entry = Entry(name=job_name(len(self._entries), words), words=words)
-                self._trials[entry.name] = trial
-                return entry
-            self._tell(trial, same)
-        self._most = len(self._entries)
-        return None
+        tried = {entry.words for entry in self._entries}
+        left = [point for point in self._points if self._words(point) not in tried]
+        if self._points and not left:
+            self._most = len(self._entries)
+            return None
+        trial = self._study.ask(self._distributions)
+        if self._words(trial.params) in tried:  # the same job would come to the same end
+            self._study.tell(trial, state=TrialState.FAIL)
+            if left:
+                self._study.enqueue_trial(self._chance.choice(left))
+            return self.ask()
+        entry = Entry(name=job_name(len(self._entries), words := self._words(trial.params)), words=words)
+        self._trials[entry.name] = trial
+        return entry
+
+    def _words(self, values: Mapping[str, Any]) -> tuple[str, ...]:
+        return tuple(f"{each.key}={_written(each, values[each.key])}" for each in self._space.parameters)
 
     def hopeless(self, entry: Entry) -> bool:
         trial, name = self._trials[entry.name], self._objective.named(self._entries)
@@ -124,6 +137,26 @@ class OptunaSearch(Search):
             self.over(entry)
 
 
+def _points(space: SearchSpace) -> list[dict[str, Any]]:
+    """Each point of a space that has few; [] where there are many."""
+    columns: list[Sequence[Any]] = []
+    for each in space.parameters:
+        match each:
+            case Categorical():
+                columns.append(each.values)
+            case Integer():
+                columns.append(range(each.low, each.high + 1, each.step))
+            case Continuous():
+                if each.step is None:
+                    return []
+                steps = round((each.high - each.low) / each.step)
+                columns.append([each.low + index * each.step for index in range(steps + 1)])
+    if math.prod(map(len, columns)) > _COUNTABLE:
+        return []
+    keys = [each.key for each in space.parameters]
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*columns)]
+
+
 def _sampler(settings: Settings, known: int) -> optuna.samplers.BaseSampler:
     """Its draws depend on how many jobs there are already: else it would begin with those it has made before."""
     from optuna.samplers import RandomSampler, TPESampler
@@ -157,7 +190,10 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
             return CategoricalDistribution(parameter.values)
 
 
-def _written(value: Any) -> str:
+def _written(parameter: Parameter, value: Any) -> str:
+    if isinstance(parameter, Continuous) and parameter.step is not None:
+        low, step = Decimal(str(parameter.low)), Decimal(str(parameter.step))
+        value = float(low + round((value - parameter.low) / parameter.step) * step)  # 0.3, not 0.30000000000000004
     return value if isinstance(value, str) else repr(value)
 
 

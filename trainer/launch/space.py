@@ -203,7 +203,8 @@ def _range(override: Override, key: str, value: RangeSweep) -> Parameter:
         )
     if all(isinstance(each, int) for each in values):
         return Integer(key=key, low=int(values[0]), high=int(values[-1]), log=log, step=abs(int(value.step)))
-    return Continuous(key=key, low=values[0], high=values[-1], log=log, step=abs(float(value.step)))
+    low, high = (float(f"{end:.12g}") for end in (values[0], values[-1]))  # 0.3, not 0.30000000000000004
+    return Continuous(key=key, low=low, high=high, log=log, step=abs(float(value.step)))
 
 
 def _log(override: Override, tags: set[str]) -> bool:
