@@ -150,7 +150,7 @@ def _points(space: SearchSpace) -> list[dict[str, Any]]:
                 if each.step is None:
                     return []
                 steps = round((each.high - each.low) / each.step)
-                columns.append([each.low + index * each.step for index in range(steps + 1)])
+                columns.append([_snapped(each, each.low + index * each.step) for index in range(steps + 1)])
     if math.prod(map(len, columns)) > _COUNTABLE:
         return []
     keys = [each.key for each in space.parameters]
@@ -191,10 +191,17 @@ def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution
 
 
 def _written(parameter: Parameter, value: Any) -> str:
-    if isinstance(parameter, Continuous) and parameter.step is not None:
-        low, step = Decimal(str(parameter.low)), Decimal(str(parameter.step))
-        value = float(low + round((value - parameter.low) / parameter.step) * step)  # 0.3, not 0.30000000000000004
+    if isinstance(parameter, Continuous):
+        value = _snapped(parameter, value)
     return value if isinstance(value, str) else repr(value)
+
+
+def _snapped(parameter: Continuous, value: float) -> float:
+    """0.3, not 0.30000000000000004."""
+    if parameter.step is None:
+        return value
+    low, step = Decimal(str(parameter.low)), Decimal(str(parameter.step))
+    return float(low + round((value - parameter.low) / parameter.step) * step)
 
 
 def _value(parameter: Parameter, text: str) -> float | int | str:
