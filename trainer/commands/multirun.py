@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _WIDTH = 160
 """Of a table that goes into a file."""
-_SEARCHES = ("grid", "optuna")
+_SEARCHES = ("grid", "optuna", "sagemaker")
 _ONLY_OPTUNA = ("trials", "sampler", "pruner", "prune_after", "search_seed")
 
 
@@ -47,7 +47,8 @@ def add_options(parser: Parser) -> None:
         "--search",
         choices=_SEARCHES,
         help="grid (default): every combination. optuna: look for the best one, also between values, as in "
-        "optimizer.lr=tag(log,interval(1e-4,1e-1)); stops jobs that do worse than the others did",
+        "optimizer.lr=tag(log,interval(1e-4,1e-1)); stops jobs that do worse than the others did. sagemaker: "
+        "the same, as a tuning job of SageMaker's (launcher=sagemaker)",
     )
     found.add_argument("--trials", type=int, metavar="N", help="optuna: jobs in all; default: 20")
     found.add_argument("--sampler", choices=("tpe", "random"), help="optuna: how the next is chosen; default: tpe")
@@ -72,7 +73,8 @@ def refuse_alone(options: Namespace) -> None:
     from strategies.errors import ConfigError
 
     sweeps = ("sweep_dir", "objective", "maximize", "rerun_failed", "search", *_ONLY_OPTUNA)
-    wanted = "--multirun" if not options.multirun else "--search optuna" if options.search != "optuna" else ""
+    searches = options.search in ("optuna", "sagemaker")
+    wanted = "--multirun" if not options.multirun else "" if searches else "--search optuna"
     alone = sweeps if not options.multirun else _ONLY_OPTUNA if wanted else ()
     for name in alone:
         if getattr(options, name) not in (None, False):
@@ -97,6 +99,10 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
     from trainer.launch.space import combinations, edges, search_space
     from trainer.launch.sweep import Plan, Sweep
 
+    if options.search == "sagemaker":
+        return _tune(options, launcher, words)
+    if options.dry_run:
+        raise ConfigError("launch: --dry-run shows one job, or --search sagemaker. Leave it out (--dry-run).")
     objective = Objective(name=options.objective, maximize=options.maximize)
     space: SearchSpace | None = None
     if options.search == "optuna":
@@ -129,6 +135,45 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
         return code
     finally:
         book.close()
+
+
+def _tune(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
+    """Leave the search to SageMaker."""
+    from strategies.errors import ConfigError
+    from trainer.checking import refuse_wrong_jobs
+    from trainer.launch import SageMakerLauncher
+    from trainer.launch.sagemaker_tuning import Tuning, refuse_unfit, tune
+    from trainer.launch.space import edges, search_space
+
+    if not isinstance(launcher, SageMakerLauncher):
+        raise ConfigError("launch: --search sagemaker is a service of SageMaker's. Add launcher=sagemaker (--search).")
+    for name in ("prune_after", "sweep_dir", "rerun_failed"):
+        if getattr(options, name):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"launch: a tuning job of SageMaker's has nothing like {flag}. Leave it out ({flag}).")
+    if options.pruner == "halving":
+        raise ConfigError("launch: a tuning job stops bad ones by the median. Use --pruner median or none (--pruner).")
+    space = search_space(words)
+    script = options.script.resolve()
+    given = {"metric": options.objective, "trials": options.trials, "seed": options.search_seed}
+    tuning = Tuning(
+        space=space,
+        maximize=options.maximize,
+        guided=options.sampler != "random",
+        stop_bad=options.pruner != "none",
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    refuse_unfit(launcher, tuning)
+    refuse_wrong_jobs(script, {f"the job {' '.join(job)}": (*space.fixed, *job) for job in edges(space)})
+    name = options.name or default_folder(script, words, edges(space), options.search).name
+    code, text = tune(launcher, script, name, tuning, dry=options.dry_run)
+    _print(text)
+    return code
+
+
+def _print(text: str) -> None:
+    if text:
+        print(text)
 
 
 def _optuna(options: Namespace, space: SearchSpace, objective: Objective, book: Book) -> Search:
