@@ -44,12 +44,8 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
     """
     plain = resolved(config)
     learn(plain)
-    parts = {str(name): made(config[name]) for name in config if isinstance(config[name], DictConfig)}
+    parts = parts_of(config, choices)
     trainer, strategy = cast(Trainer, parts["trainer"]), cast(Strategy, parts["strategy"])
-    if config.compile:
-        cast(Backend, parts["backend"]).refuse_compiling()
-    for group in _MAKERS:
-        refuse_both(trainer, group, choices.get(group))
     with _beginning_again(strategy.elastic()), _claimed(parts, plain, choices) as folder:
         _set_numerics(parts["precision"], config.deterministic)
         world = strategy.connect(parts["backend"])
@@ -84,6 +80,20 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
                 return outcome
         finally:
             strategy.close()
+
+
+def parts_of(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
+    """The objects that a composed configuration describes, by group; nothing is touched yet.
+
+    Raises:
+        ConfigError: something in it is wrong.
+    """
+    parts = {str(name): made(config[name]) for name in config if isinstance(config[name], DictConfig)}
+    if config.compile:
+        cast(Backend, parts["backend"]).refuse_compiling()
+    for group in _MAKERS:
+        refuse_both(cast(Trainer, parts["trainer"]), group, choices.get(group))
+    return parts
 
 
 @contextmanager

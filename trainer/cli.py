@@ -131,7 +131,8 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
     with first_import_of("torch"):
         from omegaconf import OmegaConf
 
-        from trainer.build import makes_its_own, train
+        from trainer import checking
+        from trainer.build import makes_its_own, parts_of, train
         from trainer.commands.deliver import deliver
         from trainer.config import register_schemas, with_config
         from trainer.sagemaker.environment import put_right
@@ -147,6 +148,16 @@ def _train(trainer_class: type[Trainer] | None, defaults: Sequence[str]) -> int:
     _refuse_unknown_flags(sys.argv[1:])
     OmegaConf.register_new_resolver("choices", _choices, replace=True)
     own = [f"{group}=own" for group in ("model", "data") if makes_its_own(cls, group)]
+    if (jobs := checking.asked_for()) is not None:
+        composed: list[object] = []
+
+        def check(words: list[str]) -> None:
+            sys.argv[1:] = words
+            _put_before([*own, *defaults])
+            with_config(lambda config, choices: composed.append(parts_of(config, choices)))
+
+        checking.check(jobs, check)
+        return 0
     _put_before([*own, *defaults])
     if job is not None:
         _say_first([*put_right(), *_fill_in_channels(job, own)])

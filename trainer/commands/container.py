@@ -53,7 +53,8 @@ def _run(base: Path) -> int:
     from strategies.errors import ConfigError
     from strategies.launchers import number_in
     from trainer.launch.agent import Meeting
-    from trainer.launch.local import SCRIPTS, launch_local
+    from trainer.launch.local import launch_local
+    from trainer.launch.local_job import SCRIPTS
 
     hosts, mine = describe_job(base, os.environ)
     os.environ.setdefault("SHARDWRIGHT_GRACE_S", str(_GRACE_S))

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.commands import Parser
+from trainer.commands import Parser, multirun
 
 if TYPE_CHECKING:
     from trainer.launch import Launcher
@@ -23,7 +23,7 @@ def parser() -> Parser:
         "Start a training job: in several processes of this machine, or elsewhere (launcher=...). launcher.key=value "
         "says how; everything else goes to the training script, as in: shardwright launch --nproc-per-node 2 "
         "trainer.max_steps=100. The exit code is that of the first process that failed: 0 finished, 2 wrong input, "
-        "75 stopped with a checkpoint (start again to go on).",
+        "75 stopped with a checkpoint (start again to go on). Many jobs at once: --multirun.",
         rest=True,
     )
     found.add_argument("--nproc-per-node", "--nproc_per_node", type=int, metavar="N", help="default: GPUs, or 2")
@@ -33,6 +33,7 @@ def parser() -> Parser:
     found.add_argument("--dry-run", action="store_true", help="show what would be started, and start nothing")
     found.add_argument("--name", help="of the run, where it is started elsewhere; default: run.name, or made")
     found.add_argument("--script", type=Path, default=SCRIPT, help="a script of your own that calls trainer.run")
+    multirun.add_options(found)
     return found
 
 
@@ -40,9 +41,12 @@ def main(options: Namespace) -> int:
     """Answers with the exit code of the first worker that failed, where bare torchrun answers 1."""
     from trainer.launch import LaunchJob, LocalLauncher
 
+    multirun.refuse_alone(options)
     ours, others = split(options.rest)
     flags = {"processes": options.nproc_per_node, "max_restarts": options.max_restarts}
     launcher = launcher_of(ours, {key: value for key, value in flags.items() if value is not None})
+    if options.multirun:
+        return multirun.main(options, launcher, others)
     here = isinstance(launcher, LocalLauncher)
     name = options.script.stem if here else name_of_run(options.script, others, options.name)
     job = LaunchJob(name=name, script=options.script, overrides=tuple(others))

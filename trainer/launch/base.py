@@ -49,12 +49,19 @@ class Status:
     """For people: what it waits for, or why it failed; one line."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """The newest numbers that are known, such as `step`, `loss`, `val_loss`."""
+    curves: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    """The same names -> step -> value, where more than the newest ones are known."""
 
 
 class LaunchedJob(ABC):
     """A job that was started."""
 
     job: LaunchJob
+
+    @property
+    @abstractmethod
+    def handle(self) -> str:
+        """What `Launcher.find` knows it by, from another process too; no secret, since it is written down."""
 
     @abstractmethod
     def status(self) -> Status:
@@ -95,6 +102,14 @@ class Launcher(ABC):
 
         Raises:
             ConfigError: it isn't taken.
+        """
+
+    @abstractmethod
+    def find(self, job: LaunchJob, handle: str) -> LaunchedJob | None:
+        """A job that this or an earlier process started, whether it runs or is over.
+
+        Returns:
+            None: nothing is known of it any more.
         """
 
     @abstractmethod

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shlex
-import signal
-import subprocess
 import sys
 import uuid
 from collections.abc import Sequence
@@ -15,16 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from strategies.errors import ConfigError
-from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
-from trainer.metrics import jsonl
-from trainer.sagemaker.hyperparameters import written
+from trainer.launch.base import LaunchedJob, Launcher, LaunchJob
+from trainer.launch.local_job import LocalJob
 from trainer.secrets import redacted_words
-from trainer.stop import EXIT_STOPPED
 
 if TYPE_CHECKING:
     from trainer.launch.agent import Meeting
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 _LEAST = (("processes", 1, "--nproc-per-node, "), ("max_restarts", 0, "--max-restarts, "), ("jobs", 1, ""))
 
 
@@ -33,7 +29,7 @@ class LocalLauncher(Launcher):
     """Starts the training script in several processes of this machine, with torchrun's own machinery."""
 
     processes: int | None = None
-    """Of one job; null: one per GPU, or 2."""
+    """Of one job; null: one per GPU, or 2. Of several jobs at a time each has its part of the GPUs."""
     max_restarts: int = 0
     """Times to go on after a crash."""
     jobs: int = 1
@@ -46,6 +42,7 @@ class LocalLauncher(Launcher):
                 raise ConfigError(
                     f"launch: {key}={value} is below {least}. Give {least} or more ({flag}launcher.{key})."
                 )
+        self._started: list[LocalJob] = []
 
     @property
     def at_once(self) -> int:
@@ -62,7 +59,18 @@ class LocalLauncher(Launcher):
         return f"{self.num_processes()} processes of this machine{times}: {shlex.join(words)}"
 
     def start(self, job: LaunchJob) -> LaunchedJob:
-        return _LocalJob(job, self)
+        taken = {each.place for each in self._started if not each.status().state.over}
+        place = next(number for number in itertools.count() if number not in taken)
+        processes = self.num_processes()
+        words = [f"launcher.processes={processes}", f"launcher.max_restarts={self.max_restarts}"]
+        self._started.append(LocalJob.begun(job, words, self._part_of_machine(place, processes), place))
+        return self._started[-1]
+
+    def find(self, job: LaunchJob, handle: str) -> LaunchedJob | None:
+        found = LocalJob.found(job, handle)
+        if found is not None:
+            self._started.append(found)
+        return found
 
     def run(self, job: LaunchJob) -> int:
         return launch_local(job.script, job.overrides, self.num_processes(), self.max_restarts)
@@ -71,59 +79,25 @@ class LocalLauncher(Launcher):
         """Of one job on this machine."""
         import torch
 
-        return self.processes or torch.cuda.device_count() or 2
+        gpus = torch.cuda.device_count()
+        return self.processes or (max(1, gpus // self.jobs) if gpus else 2)
 
+    def _part_of_machine(self, place: int, processes: int) -> dict[str, str]:
+        """Variables that keep jobs which run at the same time out of each other's way.
 
-class _LocalJob(LaunchedJob):
-    """A launcher of its own in the background; what it says lies in a file of the run's folder."""
+        Args:
+            place: 0, 1, ...; no other job that runs has the same.
+            processes: of one job.
+        """
+        import torch
 
-    def __init__(self, job: LaunchJob, launcher: LocalLauncher) -> None:
-        assert job.folder is not None
-        self.job = job
-        self._said = job.folder / "logs" / "launch.log"
-        self._said.parent.mkdir(parents=True, exist_ok=True)
-        words = [f"launcher.processes={launcher.num_processes()}", f"launcher.max_restarts={launcher.max_restarts}"]
-        words += ["--script", str(job.script), f"run.dir={written(str(job.folder))}", *job.overrides]
-        with self._said.open("ab") as said:
-            self._process = subprocess.Popen(
-                [sys.executable, str(SCRIPTS / "launch.py"), *words],
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # a Ctrl-C is for the sweep, which passes it on
-            )
-
-    def status(self) -> Status:
-        code = self._process.poll()
-        metrics = self._metrics()
-        if code is None:
-            return Status(state=State.running if metrics else State.waiting, metrics=metrics)
-        if code in (0, EXIT_STOPPED):
-            return Status(state=State.stopped if code else State.finished, metrics=metrics)
-        return Status(state=State.failed, detail=self._reason() or f"exit code {code}", metrics=metrics)
-
-    def stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-
-    def _metrics(self) -> dict[str, float]:
-        assert self.job.folder is not None
-        return newest_metrics(self.job.folder)
-
-    def _reason(self) -> str:
-        """The line that says why it failed, or the last one."""
-        lines = [line.strip() for line in self._said.read_text(errors="replace").splitlines() if line.strip()]
-        return next(
-            (line for line in lines if line.startswith(("ConfigError:", "TrainingError:"))), "".join(lines[-1:])
-        )
-
-
-def newest_metrics(folder: Path) -> dict[str, float]:
-    """The newest value of each number that a run has written down; empty: none yet."""
-    found: dict[str, float] = {}
-    for line in jsonl.read(folder / "metrics.jsonl"):
-        found |= line
-    return found
+        threads = max(1, (os.cpu_count() or 1) // (processes * self.jobs))
+        found = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+        gpus = torch.cuda.device_count()
+        if self.jobs > 1 and processes < gpus:  # more jobs than there are parts: they share
+            named = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+            found["CUDA_VISIBLE_DEVICES"] = ",".join(named[(place * processes + i) % gpus] for i in range(processes))
+        return found
 
 
 def launch_local(

@@ -165,7 +165,7 @@ class SageMakerLauncher(Launcher):
         for job in jobs:
             if not job.script.is_file():
                 raise ConfigError(f"launch: there is no script {job.script}. Name a file (--script).")
-            self._words(job)
+            self.words_of(job)
 
     def start(self, job: LaunchJob) -> LaunchedJob:
         from trainer.launch.sagemaker_job import Services, SubmittedJob
@@ -207,7 +207,7 @@ class SageMakerLauncher(Launcher):
         return training_job(
             self,
             run=job.name if job.folder is None else f"{job.folder.parent.name}-{job.name}",
-            words=self._words(job),
+            words=self.words_of(job),
             script=code.script,
             code=self.place_of(code),
             now=datetime.now(UTC),
@@ -217,8 +217,13 @@ class SageMakerLauncher(Launcher):
         """Where code lies in the bucket: the same code at the same place."""
         return f"{self.place}/shardwright-code/{code.digest}"
 
-    def packed_code(self, job: LaunchJob) -> Code:
-        """What goes along with a job."""
+    def packed_code(self, job: LaunchJob, *, for_toolkit: bool | None = None) -> Code:
+        """What goes along with a job.
+
+        Args:
+            job: whose script it is.
+            for_toolkit: SageMaker's toolkit starts it; None: as the distribution says.
+        """
         from trainer.launch.sagemaker_code import Source, pack
 
         source = Source(
@@ -227,7 +232,8 @@ class SageMakerLauncher(Launcher):
             dependencies=[Path(each) for each in self.dependencies],
             requirements=None if self.requirements is None else Path(self.requirements),
         )
-        return pack(source, for_toolkit=self.distribution_now is not Distribution.torchrun)
+        by_distribution = self.distribution_now is not Distribution.torchrun
+        return pack(source, for_toolkit=by_distribution if for_toolkit is None else for_toolkit)
 
     def remarks(self, words: Sequence[str] = ()) -> list[str]:
         """What a person should know before it costs something.
@@ -264,7 +270,7 @@ class SageMakerLauncher(Launcher):
         services.create(request)
         return request
 
-    def _words(self, job: LaunchJob) -> list[str]:
+    def words_of(self, job: LaunchJob) -> list[str]:
         """The job's, with the backend of the launcher's library."""
         words = list(job.overrides)
         if self.distribution_now is not Distribution.smddp:

@@ -97,6 +97,21 @@ class Services:
         with told():
             self.jobs.create_training_job(**request)
 
+    def create_tuning_job(self, request: Mapping[str, Any]) -> None:
+        """Start a tuning job.
+
+        Raises:
+            ConfigError: SageMaker doesn't take it.
+        """
+        with told():
+            self.jobs.create_hyper_parameter_tuning_job(**request)
+
+    def describe_tuning_job(self, name: str) -> dict[str, Any]:
+        """Everything that SageMaker says of a tuning job."""
+        with told():
+            found: dict[str, Any] = self.jobs.describe_hyper_parameter_tuning_job(HyperParameterTuningJobName=name)
+        return found
+
     def refuse_second_job(self, request: Mapping[str, Any]) -> None:
         """Two jobs of one run would write into the same checkpoints.
 

@@ -24,7 +24,14 @@ _LONGEST_NAME = 63
 
 
 def training_job(
-    settings: SageMakerLauncher, *, run: str, words: Sequence[str], script: str, code: str, now: datetime
+    settings: SageMakerLauncher,
+    *,
+    run: str,
+    words: Sequence[str],
+    script: str,
+    code: str,
+    now: datetime,
+    by_toolkit: bool = False,
 ) -> dict[str, Any]:
     """The request CreateTrainingJob.
 
@@ -35,7 +42,9 @@ def training_job(
         script: in the archive.
         code: address of the folder in S3 that holds the archive and its starter.
         now: makes the job's name unique.
+        by_toolkit: SageMaker's toolkit in the image starts the processes, also with torchrun.
     """
+    by_toolkit = by_toolkit or today(settings.distribution) is not Distribution.torchrun
     seconds_in_all = whole_seconds(settings.max_run, "launcher.max_run")
     stopping = {"MaxRuntimeInSeconds": seconds_in_all}
     if settings.spot:
@@ -43,14 +52,14 @@ def training_job(
     request: dict[str, Any] = {
         "TrainingJobName": job_name(run, now),
         "RoleArn": settings.role,
-        "AlgorithmSpecification": _algorithm(settings),
-        "HyperParameters": _hyperparameters(settings, words, script, code),
+        "AlgorithmSpecification": _algorithm(settings, by_toolkit),
+        "HyperParameters": _hyperparameters(settings, words, script, code, by_toolkit),
         "InputDataConfig": _channels(settings, code),
         "OutputDataConfig": _output(settings, run),
         "ResourceConfig": _resources(settings),
         "StoppingCondition": stopping,
         "CheckpointConfig": {"S3Uri": checkpoints_of(settings, run), "LocalPath": CHECKPOINTS},
-        "Environment": _environment(settings, script),
+        "Environment": _environment(settings, script, by_toolkit),
         "EnableManagedSpotTraining": settings.spot,
         "EnableNetworkIsolation": settings.network.isolated,
         "EnableInterContainerTrafficEncryption": settings.network.encrypted,
@@ -108,13 +117,13 @@ def metrics_of(settings: SageMakerLauncher) -> dict[str, str]:
     return metric_definitions() | dict(settings.metric_definitions)
 
 
-def _algorithm(settings: SageMakerLauncher) -> dict[str, Any]:
+def _algorithm(settings: SageMakerLauncher, by_toolkit: bool) -> dict[str, Any]:
     found: dict[str, Any] = {
         "TrainingImage": settings.image,
         "TrainingInputMode": "File",
         "MetricDefinitions": as_request(metrics_of(settings)),
     }
-    if today(settings.distribution) is Distribution.torchrun:
+    if not by_toolkit:
         found["ContainerEntrypoint"] = ["/bin/bash"]
         found["ContainerArguments"] = [f"{INSIDE}/input/data/code/start.sh"]
     if settings.registry.vpc:
@@ -126,10 +135,12 @@ def _algorithm(settings: SageMakerLauncher) -> dict[str, Any]:
     return found
 
 
-def _hyperparameters(settings: SageMakerLauncher, words: Sequence[str], script: str, code: str) -> dict[str, str]:
+def _hyperparameters(
+    settings: SageMakerLauncher, words: Sequence[str], script: str, code: str, by_toolkit: bool
+) -> dict[str, str]:
     found = {**packed(words), **settings.hyperparameters}
     how = today(settings.distribution)
-    if how is not Distribution.torchrun:
+    if by_toolkit:
         # The toolkit reads JSON. An isolated container can't download: there it finds the archive in the channel.
         archive = f"{INSIDE}/input/data/code" if settings.network.isolated else code
         texts: dict[str, Any] = {
@@ -140,7 +151,9 @@ def _hyperparameters(settings: SageMakerLauncher, words: Sequence[str], script: 
         }
         if settings.processes is not None:
             texts["sagemaker_mpi_num_of_processes_per_host"] = settings.processes
-        if how is Distribution.mpi:
+        if how is Distribution.torchrun:
+            texts["sagemaker_torch_distributed_enabled"] = True
+        elif how is Distribution.mpi:
             texts["sagemaker_mpi_enabled"] = True
             texts["sagemaker_mpi_custom_mpi_options"] = settings.mpi_options
         else:
@@ -186,13 +199,13 @@ def _resources(settings: SageMakerLauncher) -> dict[str, Any]:
     return found
 
 
-def _environment(settings: SageMakerLauncher, script: str) -> dict[str, str]:
+def _environment(settings: SageMakerLauncher, script: str, by_toolkit: bool) -> dict[str, str]:
     found: dict[str, str] = {}
     if has_efa(instance_type(settings.instance_type)):
         found["FI_EFA_USE_HUGE_PAGE"] = "0"  # else a fork for data workers may fail for memory
     if settings.efa is not None:
         found["NCCL_NET"] = "AWS Libfabric" if settings.efa else "Socket"  # NCCL fails where that isn't there
-    if today(settings.distribution) is Distribution.torchrun:
+    if not by_toolkit:
         found["SHARDWRIGHT_SCRIPT"] = script
         found["SHARDWRIGHT_MAX_RESTARTS"] = str(settings.max_restarts)
         if settings.processes is not None:

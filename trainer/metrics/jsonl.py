@@ -101,11 +101,12 @@ class MetricsFile:
 
 def read(path: Path) -> list[Line]:
     """The lines of a `metrics.jsonl`, in order; unreadable ones (torn by a crash) left out; [] without a file."""
-    return [
-        {key: _WORDS.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
-        for line in objects(path)
-        if isinstance(line.get("step"), int)
-    ]
+    return [decoded(line) for line in objects(path) if isinstance(line.get("step"), int)]
+
+
+def decoded(line: Mapping[str, Any]) -> Line:
+    """A line with numbers for the words that stand for them in the file."""
+    return {key: _WORDS.get(value, value) if isinstance(value, str) else value for key, value in line.items()}
 
 
 def objects(path: Path) -> Iterator[dict[str, Any]]:

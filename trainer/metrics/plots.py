@@ -46,7 +46,7 @@ def write_plots(folder: Path, resumes: Sequence[int], say: Callable[[str], None]
         lines = read(folder / "metrics.jsonl")
         for name, figure in (("loss", draw_loss(lines, resumes)), ("step_time", draw_step_time(lines, resumes))):
             if figure is not None:
-                written.append(_save(figure, folder / "plots" / f"{name}.png"))
+                written.append(save(figure, folder / "plots" / f"{name}.png"))
     except Exception as error:  # a picture isn't worth a run
         say(f"the plots could not be drawn: {type(error).__name__}: {error}")
     return written
@@ -70,7 +70,7 @@ def draw_loss(lines: Sequence[Line], resumes: Sequence[int] = ()) -> Figure | No
     figure = Figure(figsize=(10, 5.8), dpi=120, layout="constrained")
     rows = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1)) if rate[0] else [figure.subplots()]
     axes: Axes = rows[0]
-    _style(axes)
+    style(axes)
     smooth = smoothed(train[1])
     if train[0]:
         axes.plot(*thinned(train), color=_BLUE, alpha=0.25, linewidth=1, label="train")
@@ -87,7 +87,7 @@ def draw_loss(lines: Sequence[Line], resumes: Sequence[int] = ()) -> Figure | No
     axes.set_ylabel("loss")
     axes.set_title("Loss", loc="left", color=_INK, fontweight="bold")
     if rate[0]:
-        _style(rows[1])
+        style(rows[1])
         rows[1].plot(*thinned(rate), color=_GREY, linewidth=1.5)
         rows[1].set_ylabel("learning rate")
         rows[1].set_ylim(bottom=0)
@@ -118,7 +118,7 @@ def draw_step_time(lines: Sequence[Line], resumes: Sequence[int] = ()) -> Figure
     whole = math.fsum(sums.values()) or 1.0
     figure = Figure(figsize=(10, 4.6), dpi=120, layout="constrained")
     axes: Axes = figure.subplots()
-    _style(axes)
+    style(axes)
     # The window of a point reaches back to the one before.
     bands = [as_stairs(points) for points in parts.values()]
     axes.stackplot(
@@ -218,7 +218,8 @@ def percentile(values: Sequence[float], part: float) -> float:
     return sorted(values)[round(part * (len(values) - 1))] or 1.0
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
+    """The look that all pictures share."""
     axes.grid(True, color=_GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -232,7 +233,8 @@ def _mark(axes: Axes, resumes: Sequence[int]) -> None:
         axes.axvline(step, color=_INK, linestyle=(0, (4, 3)), linewidth=1, label=label)
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """Write a picture, in one go: at every moment there is the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
