@@ -96,7 +96,7 @@ def test_wheel_announces_the_command(unpacked: Path) -> None:
 
 
 def test_wheel_offers_the_extras(metadata: Message) -> None:
-    expected = {"aws", "deepspeed", "dev", "horovod", "loggers", "peft", "torch"}
+    expected = {"aws", "deepspeed", "dev", "horovod", "loggers", "peft", "sweep", "torch"}
     assert expected <= set(metadata.get_all("Provides-Extra", []))
 
 

@@ -56,6 +56,7 @@ def _explained_choice(words: Sequence[str]) -> ConfigError | None:
             return ConfigError(f"Configuration: the argument {word!r} names no key. Write key=value.")
         if "," in value and not re.match(r"['\"\[{]", value):
             fixes = f"{key}=[{value}] for a list, or {key}=\"'{value}'\" for a text with commas"
+            fixes += "; shardwright launch --multirun runs a job with each"
             return ConfigError(f"Configuration: {word!r} gives several values. Write {fixes} ({key}).")
         named = re.fullmatch(r"\[(.*)\]", value) if group in SEVERAL else re.fullmatch(r"['\"]?(.*?)['\"]?", value)
         names = re.findall(r"[^\s,'\"]+", named.group(1)) if named else [""]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.launch.space import SearchSpace
     from trainer.launch.sweep import Plan
 
+_POLL_S = 1.0
 _WIDTH = 160
 """Of a table that goes into a file."""
 _SEARCHES = ("grid", "optuna", "sagemaker")
@@ -129,7 +130,7 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
             book.entries.extend(iter(search.ask, None))  # so that those that wait are shown
         over = [entry for entry in book.entries if not plan.to_do(entry)]
         with Board(objective, lambda: search.total, console, over) as board:
-            code = Sweep(plan, book, search, launcher, board.show, board.say).run()
+            code = Sweep(plan, book, search, launcher, board.show, board.say, _POLL_S).run()
         compare(console, book, objective)
         _say(console, end(book, search, code, plan))
         return code

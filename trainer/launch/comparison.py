@@ -61,6 +61,8 @@ def draw(entries: Sequence[Entry], objective: Objective) -> Figure | None:
     low, high = _shown_range(ranked, name, objective)
     for axes in columns:
         axes.set_ylim(low, high)
+    handles, labels = columns[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize="small", loc="outside lower left", ncols=1 + len(keys))
     which = "largest" if objective.maximize else "smallest"
     columns[0].set_title(f"{name} of {len(ranked)} jobs, {which} is best", loc="left", color=_INK, fontweight="bold")
     return figure
@@ -108,7 +110,6 @@ def _draw_curves(axes: Axes, ranked: Sequence[Entry], name: str, colors: dict[st
         )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(name)
-    axes.legend(frameon=False, fontsize="small", loc="best")
 
 
 def _draw_parameter(

@@ -59,7 +59,8 @@ class LocalLauncher(Launcher):
         return f"{self.num_processes()} processes of this machine{times}: {shlex.join(words)}"
 
     def start(self, job: LaunchJob) -> LaunchedJob:
-        taken = {each.place for each in self._started if not each.status().state.over}
+        self._started = [each for each in self._started if not each.status().state.over]
+        taken = {each.place for each in self._started}
         place = next(number for number in itertools.count() if number not in taken)
         processes = self.num_processes()
         words = [f"launcher.processes={processes}", f"launcher.max_restarts={self.max_restarts}"]

@@ -74,6 +74,8 @@ class OptunaSearch(Search):
         self._reported: dict[str, int] = {}
         for entry in entries:
             self._tell_again(entry)
+        if not entries:
+            self._study.enqueue_trial({each.key: _middle(each) for each in space.parameters})
 
     @property
     def total(self) -> int:
@@ -157,6 +159,22 @@ def _points(space: SearchSpace) -> list[dict[str, Any]]:
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*columns)]
 
 
+def _middle(parameter: Parameter) -> float | int | str:
+    """What is tried first: people choose ranges around what they take for good."""
+    match parameter:
+        case Categorical():
+            return parameter.values[0]
+        case Integer():
+            middle = _between(parameter.low, parameter.high, log=parameter.log)
+            return parameter.low + round((middle - parameter.low) / parameter.step) * parameter.step
+        case Continuous():
+            return _snapped(parameter, _between(parameter.low, parameter.high, log=parameter.log))
+
+
+def _between(low: float, high: float, *, log: bool) -> float:
+    return math.sqrt(low * high) if log else (low + high) / 2
+
+
 def _sampler(settings: Settings, known: int) -> optuna.samplers.BaseSampler:
     """Its draws depend on how many jobs there are already: else it would begin with those it has made before."""
     from optuna.samplers import RandomSampler, TPESampler
@@ -165,7 +183,13 @@ def _sampler(settings: Settings, known: int) -> optuna.samplers.BaseSampler:
     if settings.sampler == "random":
         return RandomSampler(seed=seed)
     first = min(10, max(4, settings.trials // 4))  # by chance, before there is something to learn from
-    return TPESampler(seed=seed, n_startup_trials=first, multivariate=True, constant_liar=True)
+    return TPESampler(
+        seed=seed,
+        n_startup_trials=first,
+        multivariate=True,
+        constant_liar=True,
+        gamma=lambda number: min(25, max(2, math.ceil(number / 10))),  # of the few first, not only the best is good
+    )
 
 
 def _pruner(settings: Settings) -> optuna.pruners.BasePruner:
@@ -175,7 +199,7 @@ def _pruner(settings: Settings) -> optuna.pruners.BasePruner:
         return NopPruner()
     if settings.pruner == "halving":
         return SuccessiveHalvingPruner(min_resource=settings.prune_after or "auto", reduction_factor=3)
-    return MedianPruner(n_startup_trials=3, n_warmup_steps=settings.prune_after)
+    return MedianPruner(n_startup_trials=4, n_warmup_steps=settings.prune_after)
 
 
 def _distribution(parameter: Parameter) -> optuna.distributions.BaseDistribution:

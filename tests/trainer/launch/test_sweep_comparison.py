@@ -46,7 +46,7 @@ def test_picture_has_a_curve_for_each_job_and_a_panel_for_what_varies(tmp_path: 
     assert figure is not None
     curves, rates, models = figure.axes
     assert [len(line.get_xdata()) for line in curves.lines] == [2, 2, 2]
-    assert [text.get_text() for text in curves.get_legend().get_texts()] == [
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         "lr=0.1 model=large", "lr=0.001 model=[small]", "lr=0.3 model=large (pruned)",
     ]  # fmt: skip
     assert rates.get_xscale() == "log"
