@@ -29,6 +29,11 @@ class Container:
     hosts: Sequence[str] = ("localhost",)
     host: str = "localhost"
     instance_type: str = "ml.c5.xlarge"
+    interface: str = "lo"
+    network: str | None = None
+    """The network namespace that is this host's."""
+    seen_at: Path | None = None
+    """Where this host sees `base`; all hosts of a job see the same path. None: there."""
     channels: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Contents of files, by channel and name."""
     variables: Mapping[str, str] = field(default_factory=dict)
@@ -45,11 +50,15 @@ class Container:
         if not code.exists():
             for name in ("conf", "docs/examples", "scripts", "strategies", "trainer"):
                 shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
-        given = {"sagemaker_program": self.program, "sagemaker_submit_directory": str(code), **hyperparameters}
+        given = {
+            "sagemaker_program": self.program,
+            "sagemaker_submit_directory": str(self.seen / "src"),
+            **hyperparameters,
+        }
         sent = {name: json.dumps(value) for name, value in given.items()}
         (config / "hyperparameters.json").write_text(json.dumps(sent))
         resources = {
-            "current_host": self.host, "hosts": list(self.hosts), "network_interface_name": "lo",
+            "current_host": self.host, "hosts": list(self.hosts), "network_interface_name": self.interface,
             "current_instance_type": self.instance_type, "current_group_name": "all",
             "instance_groups": [
                 {"instance_group_name": "all", "instance_type": self.instance_type, "hosts": list(self.hosts)}
@@ -76,32 +85,49 @@ class Container:
         return {
             **kept,
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "SAGEMAKER_BASE_DIR": str(self.base),
+            "SAGEMAKER_BASE_DIR": str(self.seen),
             "OMP_NUM_THREADS": "1",
             **self.variables,
         }
 
     def toolkit(self, hyperparameters: Mapping[str, Any], timeout: float = 150) -> subprocess.CompletedProcess[str]:
         """Run the job as AWS's containers do."""
-        self.prepare(hyperparameters)
-        variables = {"SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main"}
-        return self._run(["train"], variables, timeout)
+        return self._ended("toolkit", hyperparameters, timeout)
 
     def own(self, hyperparameters: Mapping[str, Any], timeout: float = 150) -> subprocess.CompletedProcess[str]:
         """Run the job by our own entry point, without a toolkit."""
-        self.prepare(hyperparameters)
-        return self._run([sys.executable, str(self.base / "src" / "scripts" / "container.py")], {}, timeout)
+        return self._ended("own", hyperparameters, timeout)
 
-    def _run(self, words: list[str], variables: Mapping[str, str], timeout: float) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def _ended(self, by: str, given: Mapping[str, Any], timeout: float) -> subprocess.CompletedProcess[str]:
+        process = self.begin(by, given, stderr=subprocess.PIPE)
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    def begin(self, by: str, given: Mapping[str, Any], stderr: int = subprocess.STDOUT) -> subprocess.Popen[str]:
+        """Start the job, by `toolkit` or `own`."""
+        self.prepare(given)
+        words = [sys.executable, str(self.seen / "src" / "scripts" / "container.py")] if by == "own" else ["train"]
+        if self.network is not None:
+            there = ["sh", "-c", 'mount --bind "$0" "$1" && cd "$1" && shift && exec "$@"', str(self.base)]
+            words = ["ip", "netns", "exec", self.network, *there, str(self.seen), *words]
+        module = {"SAGEMAKER_TRAINING_MODULE": "sagemaker_pytorch_container.training:main"}
+        return subprocess.Popen(
             words,
-            env={**self.environment(), **variables},
-            capture_output=True,
+            env={**self.environment(), **(module if by == "toolkit" else {})},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
-            timeout=timeout,
-            check=False,
             cwd=self.base,
         )
+
+    @property
+    def seen(self) -> Path:
+        """`base`, as this host calls it."""
+        return self.seen_at or self.base
 
     @property
     def failure(self) -> str:
