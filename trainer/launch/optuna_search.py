@@ -183,13 +183,7 @@ def _sampler(settings: Settings, known: int) -> optuna.samplers.BaseSampler:
     if settings.sampler == "random":
         return RandomSampler(seed=seed)
     first = min(10, max(4, settings.trials // 4))  # by chance, before there is something to learn from
-    return TPESampler(
-        seed=seed,
-        n_startup_trials=first,
-        multivariate=True,
-        constant_liar=True,
-        gamma=lambda number: min(25, max(2, math.ceil(number / 10))),  # of the few first, not only the best is good
-    )
+    return TPESampler(seed=seed, n_startup_trials=first, multivariate=False, constant_liar=True)
 
 
 def _pruner(settings: Settings) -> optuna.pruners.BasePruner:
