@@ -51,6 +51,10 @@ def put_right(variables: MutableMapping[str, str] = os.environ) -> list[str]:
             said.append(
                 f"{old.name}={old.value}, set by SageMaker's launcher, is taken away: {old.why} ({KEEP}=1 keeps it)"
             )
+    interface = variables.get("SM_NETWORK_INTERFACE_NAME")
+    if interface and "GLOO_SOCKET_IFNAME" not in variables and variables.get("SM_HOSTS", "[]").count(",") > 0:
+        variables["GLOO_SOCKET_IFNAME"] = interface
+        said.append(f"GLOO_SOCKET_IFNAME={interface}, as the toolkit says it to NCCL alone")
     if kept := variables.get("SAGEMAKER_MANAGED_WARMPOOL_CACHE_DIRECTORY"):
         placed = {name: f"{kept}/{folder}" for name, folder in _CACHES.items() if name not in variables}
         variables.update(placed)

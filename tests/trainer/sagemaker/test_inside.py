@@ -329,3 +329,13 @@ def test_put_right_points_caches_at_what_a_warm_pool_keeps() -> None:
     assert variables["TORCHINDUCTOR_CACHE_DIR"] == "/warm/inductor"
     assert variables["HF_HOME"] == "/mine"
     assert "HF_HOME" not in said
+
+
+def test_put_right_tells_gloo_the_interface_between_hosts() -> None:
+    hosts = {"SM_HPS": "{}", "SM_NETWORK_INTERFACE_NAME": "eth0", "SM_HOSTS": '["algo-1", "algo-2"]'}
+    variables = dict(hosts)
+    [said] = put_right(variables)
+    assert variables == {**hosts, "GLOO_SOCKET_IFNAME": "eth0"}
+    assert "GLOO_SOCKET_IFNAME=eth0" in said
+    for alone in ({**hosts, "SM_HOSTS": '["algo-1"]'}, {**hosts, "GLOO_SOCKET_IFNAME": "ib0"}):
+        assert put_right(alone) == []
