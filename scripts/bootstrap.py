@@ -168,7 +168,7 @@ def test(arguments: list[str]) -> int:
     """
     if arguments:
         return checked({"pytest": ["pytest", *arguments]})
-    half = ["tests/trainer", "tests/moves", "tests/scripts", *sorted(map(str, Path("tests").glob("test_*.py")))]
+    half = ["tests/trainer", "tests/scripts", *sorted(map(str, Path("tests").glob("test_*.py")))]
     others = [f"--ignore={path}" for path in half]
     say(f"pytest {' '.join(half)} (shown when all is done)")
     with tempfile.TemporaryFile("w+") as said:
