@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -182,6 +183,20 @@ def test_dead_rank_is_reported_and_replaced(own_workers: Workers) -> None:
     outcomes = own_workers.outcomes(die_on, 2, 1)
     assert (outcomes[1].error, outcomes[1].message) == ("Died", "exit code -9")
     assert len(set(own_workers.run(process_id, 2))) == 2
+
+
+def with_threads(number: int) -> int:
+    for _ in range(number):
+        threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
+    return os.getpid()
+
+
+def test_worker_in_which_many_threads_are_left_is_replaced(own_workers: Workers) -> None:
+    [few] = own_workers.run(with_threads, 1, 5)
+    [many] = own_workers.run(with_threads, 1, 100)
+    [after] = own_workers.run(with_threads, 1, 0)
+    assert few == many
+    assert after != many
 
 
 def test_close_leaves_no_process(own_workers: Workers) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.trainer.sagemaker.kit import QUICK, TEXT, Container
 
 pytestmark = pytest.mark.timeout(300)
+EVERY_TYPE = {
+    "optimizer.lr": 3e-3,
+    "deterministic": True,
+    "trainer.ema_decay": None,
+    "data.exclude": ["it's.txt", "a b.txt", 'x,"y"=z.txt'],
+    "model.config.rope_parameters": {"rope_type": "default", "rope_theta": 500.5},
+    "model.config.hidden_act": "silu",
+}
 TORCHRUN = {
     "sagemaker_torch_distributed_enabled": True,
     "sagemaker_instance_type": "ml.c5.xlarge",
@@ -24,17 +32,20 @@ TORCHRUN = {
 }
 
 
-def losses(container: Container) -> list[float]:
-    record = container.base / "checkpoints" / "metrics.jsonl"
-    return [json.loads(line)["loss"] for line in record.read_text().splitlines()]
+def at(config: Mapping[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def test_toolkit_starts_the_script_and_a_second_start_by_torchrun_goes_on(tmp_path: Path) -> None:
     container = Container(base=tmp_path, channels=TEXT)
-    first = container.toolkit({**QUICK, "run.name": None, "sagemaker_region": "eu-west-1"})
+    first = container.toolkit({**QUICK, **EVERY_TYPE, "run.name": None, "sagemaker_region": "eu-west-1"})
     assert first.returncode == 0, first.stderr
     assert container.failure == ""
-    second = container.toolkit({**QUICK, **TORCHRUN, "trainer.max_steps": 6})
+    config = yaml.safe_load((tmp_path / "checkpoints" / "config.yaml").read_text())
+    assert {key: at(config, key) for key in EVERY_TYPE} == EVERY_TYPE
+    second = container.toolkit({**QUICK, **EVERY_TYPE, **TORCHRUN, "trainer.max_steps": 6})
     assert second.returncode == 0, second.stderr
     assert "going on from" in second.stdout
     assert "NCCL_PROTO=simple" in second.stdout
