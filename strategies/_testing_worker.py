@@ -35,7 +35,7 @@ import psutil
 RELEASE = b"release"
 READY = b"ready"
 _MORE_THREADS = 30
-_MOST_THREADS = 90
+_MOST_THREADS = 200
 """Of groups that jobs left behind: each has one that wakes a hundred times a second. A new worker costs less."""
 _threads = 0  # that were left when all was looked through the last time
 

@@ -193,7 +193,7 @@ def with_threads(number: int) -> int:
 
 def test_worker_in_which_many_threads_are_left_is_replaced(own_workers: Workers) -> None:
     [few] = own_workers.run(with_threads, 1, 5)
-    [many] = own_workers.run(with_threads, 1, 100)
+    [many] = own_workers.run(with_threads, 1, 250)
     [after] = own_workers.run(with_threads, 1, 0)
     assert few == many
     assert after != many
