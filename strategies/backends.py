@@ -321,9 +321,18 @@ def disconnect_ranks() -> None:
     topology = sys.modules.get("torch.distributed.tensor._collective_utils")
     if topology is not None:  # it remembers every mesh, and with it the groups
         topology.MeshTopoInfo.build_from_mesh.cache_clear()
+    if "torch.distributed.tensor" in sys.modules:  # what it remembers of operations holds their meshes, too
+        propagator = sys.modules["torch.distributed.tensor"].DTensor._op_dispatcher.sharding_propagator
+        memories = [propagator.propagate_op_sharding, getattr(propagator, "_propagate_tensor_meta_cached", None)]
+        for clear in (*(getattr(each, "cache_clear", None) for each in memories), getattr(torch._C, _NATIVE, None)):
+            if clear is not None:
+                clear()
     if dist.is_initialized():
         dist.destroy_process_group()
     _devices.clear()
+
+
+_NATIVE = "_clear_DTensor_sharding_propagator_cache"
 
 
 def _check_interface(backend: Backend) -> None:
