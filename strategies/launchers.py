@@ -230,14 +230,7 @@ _TORCHRUN = _Row(
 _TABLE: tuple[_Row, ...] = (
     # The first of them that has left its sign is the innermost one.
     _TORCHRUN,
-    _Row(
-        by="RANK and WORLD_SIZE",
-        sign="RANK",
-        rank="RANK",
-        size="WORLD_SIZE",
-        local_rank="LOCAL_RANK",
-        local_size="LOCAL_WORLD_SIZE",
-    ),
+    replace(_TORCHRUN, by="RANK and WORLD_SIZE", sign="RANK"),  # set by hand
     _Row(
         by="horovodrun",
         sign="HOROVOD_RANK",
