@@ -76,9 +76,7 @@ class Launch:
         return self.by == OPEN_MPI
 
     def describe(self) -> str:
-        """One line for people: who started how many processes."""
-        if self.by is None:
-            return "started as one process"
+        """One line for people: who started how many processes; where somebody did."""
         ranks = "1 process" if self.size == 1 else f"{self.size} processes"
         here = "" if self.on_one_machine else f", {self.local_size} on this machine"
         return f"started by {self.by}: {ranks}{here}"

@@ -16,7 +16,8 @@ EXIT_WRONG_INPUT = 2
 EXIT_STOPPED = 75
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 _SAME_STOP_S = 2.0
-_RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK")  # by launcher; `Launch` would have to be imported first
+# By launcher; `Launch` would have to be imported first.
+_RANKS = ("RANK", "HOROVOD_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
 
 
 _hearing: list[SignalEars] = []
