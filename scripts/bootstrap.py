@@ -162,35 +162,39 @@ def train(overrides: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run what `make check` runs; with arguments, pytest alone. Says at the end what failed.
-
-    Tests wait for processes a third of their time, so a second pytest takes half of them at once.
-    """
+    """Run what `make check` runs; with arguments, pytest alone. Says at the end what failed."""
     if arguments:
         return checked({"pytest": ["pytest", *arguments]})
-    half = ["tests/trainer", "tests/scripts", *sorted(map(str, Path("tests").glob("test_*.py")))]
-    others = [f"--ignore={path}" for path in half]
-    say(f"pytest {' '.join(half)} (shown when all is done)")
-    with tempfile.TemporaryFile("w+") as said:
-        command = [str(PYTHON), "-m", "pytest", *half, "-p", "no:cacheprovider"]
-        with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT) as beside:
-            code = checked(
-                {
-                    "ruff": ["ruff", "check", "."],
-                    "ruff format": ["ruff", "format", "--check", "."],
-                    "mypy": ["mypy"],
-                    "pytest": ["pytest", *others],
-                }
-            )
-            if code >= 128:  # ended by a signal, which the other one may not have heard
-                beside.terminate()
-            beside_code = ended(beside)
-        said.seek(0)
-        say(f"pytest {' '.join(half)}")
-        print(said.read(), flush=True)
-    if beside_code:
-        print(f"failed: pytest {half[0]} ...", file=sys.stderr)
-    return code or beside_code
+    *others, rest = parts()
+    beside = []
+    with contextlib.ExitStack() as stack:
+        for words in others:
+            say(f"pytest {' '.join(words)} (shown when all is done)")
+            said = stack.enter_context(tempfile.TemporaryFile("w+"))
+            command = [str(PYTHON), "-m", "pytest", *words, "-p", "no:cacheprovider"]
+            child = stack.enter_context(subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT))
+            beside.append((words, child, said))
+        steps = {"ruff": ["check", "."], "ruff format": ["format", "--check", "."], "mypy": [], "pytest": rest}
+        code = checked({name: [name.split()[0], *words] for name, words in steps.items()})
+        for words, child, said in beside:
+            if code >= 128:  # ended by a signal, which this one may not have heard
+                child.terminate()
+            child_code = ended(child)
+            said.seek(0)
+            say(f"pytest {' '.join(words)}")
+            print(said.read(), flush=True)
+            if child_code:
+                print(f"failed: pytest {words[0]} ...", file=sys.stderr)
+            code = code or child_code
+    return code
+
+
+def parts() -> list[list[str]]:
+    """pytest's arguments for three processes; together every test, once. The first part's wait most of the time."""
+    waiting = ["tests/faults", "tests/scripts", "tests/trainer/launch", "tests/trainer/sagemaker"]
+    second = ["tests/trainer", *sorted(map(str, Path("tests").glob("test_*.py")))]
+    not_waiting = [f"--ignore={path}" for path in waiting]
+    return [waiting, [*second, *not_waiting], [*not_waiting, *(f"--ignore={path}" for path in second)]]
 
 
 def checked(steps: dict[str, list[str]]) -> int:

@@ -13,7 +13,8 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bootstrap.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "bootstrap.py"
 
 
 @pytest.fixture
@@ -172,7 +173,11 @@ def test_train_threads_share_the_cores_unless_set(
 
 @pytest.mark.parametrize(
     ("failing", "beside", "code", "said"),
-    [("mypy", 0, 1, "failed: mypy\n"), ("", 3, 3, "failed: pytest tests/trainer ...\n"), ("", 0, 0, "")],
+    [
+        ("mypy", 0, 1, "failed: mypy\n"),
+        ("", 3, 3, "failed: pytest tests/faults ...\nfailed: pytest tests/trainer ...\n"),
+        ("", 0, 0, ""),
+    ],
 )
 def test_test_failing_step_runs_the_others_and_is_named(
     bootstrap: ModuleType,
@@ -191,13 +196,28 @@ def test_test_failing_step_runs_the_others_and_is_named(
 
     monkeypatch.setattr(bootstrap, "run", run)
     bootstrap.PYTHON.parent.mkdir(parents=True)
-    bootstrap.PYTHON.write_text(f"#!/bin/sh\necho half: $*\nexit {beside}\n")
+    bootstrap.PYTHON.write_text(f"#!/bin/sh\necho part: $*\nexit {beside}\n")
     bootstrap.PYTHON.chmod(0o755)
     assert bootstrap.test([]) == code
     assert ran == ["ruff", "ruff", "mypy", "pytest"]
     told = capsys.readouterr()
     assert told.err == said
-    assert "half: -m pytest tests/trainer" in told.out
+    for first in ("tests/faults", "tests/trainer"):
+        assert f"part: -m pytest {first}" in told.out
+
+
+def test_parts_hold_every_test_once(bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    files = sorted(ROOT.glob("tests/**/test_*.py"))
+    found = [path for words in bootstrap.parts() for path in files if _is_taken(path, words)]
+    assert sorted(found) == files
+
+
+def _is_taken(path: Path, words: list[str]) -> bool:
+    parents = {str(each.relative_to(ROOT)) for each in (path, *path.parents) if each.is_relative_to(ROOT)}
+    taken = [word for word in words if not word.startswith("--")] or ["tests"]
+    left_out = [word.removeprefix("--ignore=") for word in words if word.startswith("--")]
+    return not parents.isdisjoint(taken) and parents.isdisjoint(left_out)
 
 
 def test_run_termination_reaches_the_child(bootstrap: ModuleType, tmp_path: Path) -> None:
