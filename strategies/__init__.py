@@ -13,7 +13,19 @@ from strategies.errors import ConfigError
 __all__ = ["ENTRY_POINTS", "ConfigError", "Strategy", "built_in", "from_other_packages"]
 
 ENTRY_POINTS = "shardwright.strategies"
-_NOT_PLUGINS = {"base", "backends", "elastic", "errors", "launchers", "testing", "world"}
+_NOT_PLUGINS = {
+    "base",
+    "backends",
+    "ec2",
+    "efa",
+    "efa_rules",
+    "elastic",
+    "errors",
+    "interfaces",
+    "launchers",
+    "testing",
+    "world",
+}
 
 
 def built_in() -> list[type[Strategy]]:

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import platform
-import socket
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from strategies import ec2
 from strategies.errors import ConfigError
-from strategies.world import Launch, World, agree, open_store
+from strategies.interfaces import Interfaces, choose, loopback
+from strategies.world import Launch, World, agree, exchange, open_store
 
 _LONGEST_S = 7 * 24 * 3600
 
@@ -32,7 +33,7 @@ class Backend(ABC):
     timeout_s: float = 1800.0
     """Seconds after which a collective that doesn't finish is an error."""
     interface: str | None = None
-    """Network interface to use, such as `eth0`; the library chooses when it is null."""
+    """Network interface to use, such as `eth0`, `eth0,eth1` or `^docker,veth`; the library chooses when it is null."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s <= _LONGEST_S:
@@ -52,6 +53,18 @@ class Backend(ABC):
         Raises:
             ConfigError: the machine lacks it.
         """
+
+    def settle(self, exchange: Callable[[str], list[str]]) -> list[str]:
+        """Called on every rank once all can take part, before they connect; may change the environment.
+
+        Args:
+            exchange: gives this rank's text to all, and answers with every rank's, in rank order; all ranks call it
+                equally often.
+
+        Returns:
+            Lines for the log.
+        """
+        return []
 
     def refuse_compiling(self) -> None:
         """Called where the model is to be compiled.
@@ -80,7 +93,7 @@ class NCCLBackend(Backend):
         return "nccl"
 
     def device(self, launch: Launch) -> torch.device:
-        return _gpu(self, launch)
+        return gpu_of(self, launch)
 
 
 @dataclass(kw_only=True)
@@ -124,7 +137,7 @@ class SMDDPBackend(Backend):
         )
 
     def device(self, launch: Launch) -> torch.device:
-        kind = _instance_type()
+        kind = ec2.instance_type()
         if kind is not None and kind not in _WITH_SMDDP:
             raise ConfigError(
                 f"SMDDPBackend: backend=smddp is for {' and '.join(_WITH_SMDDP)}, and this is {kind}. {_versions()}"
@@ -145,7 +158,7 @@ class SMDDPBackend(Backend):
             raise ConfigError(f"SMDDPBackend: its library can't be imported: {reason}. {_versions()}") from error
         if "cuda" not in dist.Backend.backend_capability.get(self.torch_name(), ["cuda"]):
             return torch.device("cpu")  # says what has registered itself under that name
-        return _gpu(self, launch)
+        return gpu_of(self, launch)
 
     def _set_buffers(self) -> None:
         """The library reads them from the environment, where the user may have put them too."""
@@ -160,6 +173,21 @@ class SMDDPBackend(Backend):
                 )
             if given is not None:
                 os.environ[variable] = str(given)
+
+
+@dataclass(kw_only=True)
+class NeuronBackend(Backend):
+    """Trainium, which is refused: there is a name for it, so that whoever tries is told what to use."""
+
+    def torch_name(self) -> str:
+        return "neuron"
+
+    def device(self, launch: Launch) -> torch.device:
+        raise ConfigError(
+            "NeuronBackend: there is no way yet to train on Trainium here: torch-neuronx of PyPI is an empty package, "
+            "AWS's own place for it has a beta for Python 3.12 and newer, and no strategy was tried on it. Use GPU "
+            "instances with backend=efa or backend=nccl, or AWS's NeuronX Distributed in place of this (backend)."
+        )
 
 
 _WITH_SMDDP = ("p4d.24xlarge", "p4de.24xlarge")
@@ -188,19 +216,12 @@ def _versions() -> str:
     )
 
 
-def _instance_type() -> str | None:
-    """As far as this machine says so: in SageMaker's variable, or in the tables of EC2's firmware."""
-    if said := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
-        return said.removeprefix("ml.")
-    tables = Path("/sys/devices/virtual/dmi/id")
-    with contextlib.suppress(OSError):
-        if (tables / "sys_vendor").read_text().strip() == "Amazon EC2":
-            return (tables / "product_name").read_text().strip()
-    return None
+def gpu_of(backend: Backend, launch: Launch) -> torch.device:
+    """One for each rank of this machine.
 
-
-def _gpu(backend: Backend, launch: Launch) -> torch.device:
-    """One for each rank of this machine."""
+    Raises:
+        ConfigError: there are fewer.
+    """
     seen = torch.cuda.device_count()
     if seen < launch.local_size:
         raise ConfigError(
@@ -246,19 +267,19 @@ def connect_ranks(backend: Backend) -> World:
     connection = store.add(f"connections/{launch.rank}", 1)
     error: ConfigError | None = None
     device = torch.device("cpu")
+    interfaces: Interfaces | None = None
     try:
-        _check_interface(backend)
+        if backend.interface is not None:
+            interfaces = choose(backend.interface)
         device = backend.device(launch)
     except ConfigError as caught:
         error = caught
     agree(store, launch, f"connect/{connection}", error)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if backend.interface is not None:
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = backend.interface
-    elif launch.on_one_machine and (loopback := _loopback()):
-        for library in ("GLOO", "NCCL"):  # nobody else needs to reach these ports
-            os.environ.setdefault(f"{library}_SOCKET_IFNAME", loopback)
+    said = _set_interfaces(interfaces, launch)
+    numbers = itertools.count()
+    said += backend.settle(lambda text: exchange(store, launch, f"settle/{connection}/{next(numbers)}", text))
     if launch.size == 1 and "MASTER_ADDR" not in os.environ:
         # An in-memory store has no address to rendezvous at: a file-less group of one.
         store = dist.HashStore()
@@ -273,7 +294,7 @@ def connect_ranks(backend: Backend) -> World:
             device_id=device if device.type == "cuda" else None,
         )
         control, checkpoint = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return World(
+    world = World(
         rank=launch.rank,
         local_rank=launch.local_rank,
         size=launch.size,
@@ -285,6 +306,31 @@ def connect_ranks(backend: Backend) -> World:
         control=control,
         checkpoint=checkpoint,
     )
+    return replace(world, notes=_merged(world.collect([platform.node(), said])))
+
+
+def _set_interfaces(chosen: Interfaces | None, launch: Launch) -> list[str]:
+    """Tell both libraries; says what gives way to it."""
+    if chosen is None:
+        if launch.on_one_machine and (own := loopback()):
+            for library in ("GLOO", "NCCL"):  # nobody else needs to reach these ports
+                os.environ.setdefault(f"{library}_SOCKET_IFNAME", own)
+        return []
+    said = []
+    for name, value in (("GLOO_SOCKET_IFNAME", chosen.for_gloo()), ("NCCL_SOCKET_IFNAME", chosen.for_nccl())):
+        if os.environ.get(name, value) != value:
+            said.append(f"{name}={os.environ[name]} gives way to {value} (backend.interface)")
+        os.environ[name] = value
+    return said
+
+
+def _merged(answers: list[tuple[str, list[str]]] | None) -> tuple[str, ...]:
+    """The lines of rank 0, and of each other machine what differs from them."""
+    if answers is None:
+        return ()
+    (first, common), *others = answers
+    theirs = (f"{host}: {line}" for host, lines in others for line in lines if host != first and line not in common)
+    return tuple(dict.fromkeys([*common, *theirs]))
 
 
 _devices: list[Any] = []
@@ -333,29 +379,3 @@ def disconnect_ranks() -> None:
 
 
 _NATIVE = "_clear_DTensor_sharding_propagator_cache"
-
-
-def _check_interface(backend: Backend) -> None:
-    """Refuse an interface that this machine lacks; the control messages need plain names also beside NCCL."""
-    import psutil
-
-    internet = (socket.AF_INET, socket.AF_INET6)
-    found = psutil.net_if_addrs().items()
-    known = sorted(name for name, places in found if any(place.family in internet for place in places))
-    for name in [] if backend.interface is None else backend.interface.split(","):
-        if name not in known:
-            raise ConfigError(
-                f"Backend: interface={backend.interface!r} is not a network interface of this machine that has an "
-                f"address. It has {', '.join(known)} (backend.interface)."
-            )
-
-
-def _loopback() -> str | None:
-    """The interface of 127.0.0.1, if it is up."""
-    import psutil
-
-    states = psutil.net_if_stats()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == "127.0.0.1" for entry in addresses) and name in states and states[name].isup:
-            return str(name)
-    return None

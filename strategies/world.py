@@ -211,6 +211,16 @@ def agree(store: dist.Store, launch: Launch, key: str, error: ConfigError | None
             raise ConfigError(message)
 
 
+def exchange(store: dist.Store, launch: Launch, key: str, text: str) -> list[str]:
+    """Before a process group exists: every rank's text, in rank order, on every rank. `key` is used once per launch."""
+    store.set(f"{key}/{launch.rank}", text)
+    answers = []
+    for rank in range(launch.size):
+        store.wait([f"{key}/{rank}"], _WAIT)
+        answers.append(store.get(f"{key}/{rank}").decode())
+    return answers
+
+
 def _heard_by_all(store: dist.Store, launch: Launch, key: str) -> None:
     """Before rank 0 ends with an error, and perhaps the store with it: let the others read why."""
     if launch.rank != 0:
@@ -246,6 +256,8 @@ class World:
     checkpoint: dist.ProcessGroup | None = None
     elastic: Elastic | None = None
     """How to go on when ranks are lost or join; None: the run ends with any of them."""
+    notes: tuple[str, ...] = ()
+    """What connecting has to say, for the log; on rank 0."""
 
     def reduce(self, values: Sequence[float], op: ReduceOp = "sum", *, votes: Sequence[float] = ()) -> list[float]:
         """Combine a few numbers over the data-parallel ranks; equal on every rank.

@@ -64,7 +64,8 @@ ELSEWHERE = {"run.dir", "run.name", "cache", "checkpoint.folder"}
 """Paths are drawn from those below a folder of the test's own, or broken."""
 ELSEWHERE_VALUES = ("{own}/a", "{own}/é ü", "''", "/proc/nothing", "{files}/text.txt", "..", "null", "[1]",
                     "'{own}/b c'", "{own}/" + "y" * 300)  # fmt: skip
-ABSENT = {"backend=nccl", "backend=smddp", "precision=tf32", "logger=wandb", "logger=mlflow", "data=hub"}
+ABSENT = {"backend=nccl", "backend=efa", "backend=smddp", "backend=neuron", "precision=tf32", "logger=wandb",
+          "logger=mlflow", "data=hub"}  # fmt: skip
 """Refused here whatever else is said."""
 
 

@@ -87,6 +87,8 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
     )
     if (launch := Launch.from_env()).by is not None:
         say(launch.describe())
+    for note in job.world.notes:
+        say(note)
     return Parts(
         data=data,
         model=model,

@@ -22,7 +22,8 @@ from omegaconf import MISSING, Container, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import strategies
-from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, SMDDPBackend
+from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, NeuronBackend, SMDDPBackend
+from strategies.efa import EFABackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
 from trainer import checkpoint, data, hooks, launch, metrics, models, optim, schedule
@@ -72,8 +73,10 @@ class Own:
 _SCHEMAS: tuple[type, ...] = (
     Config,
     AutoBackend,
+    EFABackend,
     GlooBackend,
     NCCLBackend,
+    NeuronBackend,
     SMDDPBackend,
     Precision,
     *checkpoint.SCHEMAS,

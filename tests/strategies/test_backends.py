@@ -100,7 +100,7 @@ def test_connected_world_counts_processes_and_machines(workers: Workers) -> None
 
 
 def test_interface_reaches_both_libraries(workers: Workers) -> None:
-    assert {name for _, _, name in workers.run(described, 2, "lo")} == {"lo"}
+    assert {name for _, _, name in workers.run(described, 2, "lo")} == {"=lo"}
 
 
 def test_process_alone_connects_without_an_address(workers: Workers) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from strategies import backends
+from strategies import ec2
 from strategies.backends import Backend, GlooBackend, SMDDPBackend
 from strategies.base import Strategy
 from strategies.ddp import DDPStrategy
@@ -109,7 +109,7 @@ def test_a_run_takes_it_by_name(workers: Workers, tmp_path: Path, monkeypatch: p
 
 def refusal(monkeypatch: pytest.MonkeyPatch, kind: str | None = None, **variables: str) -> str:
     """What is said on a machine of that kind."""
-    monkeypatch.setattr(backends, "_instance_type", lambda: kind)
+    monkeypatch.setattr(ec2, "instance_type", lambda: kind)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError) as caught:
@@ -161,7 +161,7 @@ def test_buffers_are_multiples_of_8192(key: str, size: int) -> None:
 def test_a_buffer_that_the_environment_sets_otherwise_is_refused(
     monkeypatch: pytest.MonkeyPatch, value: str, says: str
 ) -> None:
-    monkeypatch.setattr(backends, "_instance_type", lambda: None)
+    monkeypatch.setattr(ec2, "instance_type", lambda: None)
     monkeypatch.setenv("SMDDP_AG_SORT_BUFFER_SIZE_BYTES", value)
     with pytest.raises(ConfigError, match=f"sort_bytes{says}"):
         SMDDPBackend(sort_bytes=16384).device(Launch())
@@ -169,7 +169,7 @@ def test_a_buffer_that_the_environment_sets_otherwise_is_refused(
 
 def test_the_machine_says_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SM_CURRENT_INSTANCE_TYPE", "ml.g5.xlarge")
-    assert backends._instance_type() == "g5.xlarge"
+    assert ec2.instance_type() == "g5.xlarge"
 
 
 def test_compiling_is_refused_by_it_alone(workers: Workers, tmp_path: Path) -> None:
