@@ -19,6 +19,8 @@ INSTALLED = Path("/opt/amazon")
 """Where AWS's installer puts libfabric, and what it notes of itself."""
 PLUGIN = "libnccl-net.so"
 """What NCCL loads unless it is told another name."""
+NAMED = "ofi"
+"""How it is told of libnccl-net-ofi.so, which is all that NVIDIA's containers have."""
 
 _NO_DATA = 61
 _TAKE = (
@@ -61,6 +63,8 @@ class Machine:
     plugin_path: Path | None = None
     no_plugin: str = ""
     """Why there is none, with what to do."""
+    plugin_word: str | None = None
+    """What NCCL_NET_PLUGIN has to be for NCCL to find it; None: as it is."""
     nccl: str | None = None
 
     def describe(self) -> str:
@@ -77,7 +81,12 @@ class Machine:
 def look(variables: Mapping[str, str] = os.environ) -> Machine:
     """Ask the programs and libraries of this machine; takes about a second."""
     libfabric, devices, no_devices = _devices(variables)
-    plugin, path, no_plugin = _plugin(variables)
+    plugin, path, no_plugin = _plugin(variables, variables.get("NCCL_NET_PLUGIN") or PLUGIN)
+    word = None
+    if path is None and "NCCL_NET_PLUGIN" not in variables:
+        version, named, _ = _plugin(variables, f"libnccl-net-{NAMED}.so")
+        if named is not None:
+            plugin, path, no_plugin, word = version, named, "", NAMED
     return Machine(
         instance=instance_type(),
         kernel=platform.release(),
@@ -88,6 +97,7 @@ def look(variables: Mapping[str, str] = os.environ) -> Machine:
         plugin=plugin,
         plugin_path=path,
         no_plugin=no_plugin,
+        plugin_word=word,
         nccl=_nccl(),
     )
 
@@ -128,9 +138,8 @@ def _devices(variables: Mapping[str, str]) -> tuple[str | None, tuple[str, ...],
     return libfabric, tuple(dict.fromkeys(names)), ""
 
 
-def _plugin(variables: Mapping[str, str]) -> tuple[str | None, Path | None, str]:
+def _plugin(variables: Mapping[str, str], wanted: str) -> tuple[str | None, Path | None, str]:
     """Version and path of the plugin that NCCL would load, and why there is none."""
-    wanted = variables.get("NCCL_NET_PLUGIN") or PLUGIN
     reasons = []
     for name in _names(wanted):
         try:
@@ -148,7 +157,7 @@ def _plugin(variables: Mapping[str, str]) -> tuple[str | None, Path | None, str]
         return None, paths[0] if paths else Path(name), ""
     known = [place for place in _known_places() if place.is_file()]
     what_to_do = f"Put {known[0].parent} into LD_LIBRARY_PATH" if known else "Install aws-ofi-nccl (in AWS's installer)"
-    return None, None, f"NCCL's plugin for libfabric can't be loaded: {reasons[0]}. {what_to_do}"
+    return None, None, f"NCCL's plugin for libfabric can't be loaded: {reasons[0] if reasons else wanted}. {what_to_do}"
 
 
 def _names(wanted: str) -> list[str]:
@@ -163,7 +172,8 @@ def _names(wanted: str) -> list[str]:
 
 def _known_places() -> list[Path]:
     """Where installers of this software have put it."""
-    return [*sorted((INSTALLED / "ofi-nccl").glob(f"lib*/**/{PLUGIN}")), Path("/opt/aws-ofi-nccl/lib") / PLUGIN]
+    found = (INSTALLED / "ofi-nccl").glob("lib*/**/libnccl-net*.so")
+    return [*sorted(found, reverse=True), Path("/opt/aws-ofi-nccl/lib") / PLUGIN]
 
 
 def _version_in(library: Path) -> str | None:

@@ -54,6 +54,9 @@ class EFABackend(Backend):
         if self._missing and not self.allow_tcp:
             raise ConfigError(f"EFABackend: {self._missing}, or allow TCP (backend.allow_tcp=true).")
         self._verdict = judge(machine, os.environ, self.env, allow_tcp=self.allow_tcp)
+        if machine.plugin_word is not None:
+            self._verdict.changes["NCCL_NET_PLUGIN"] = machine.plugin_word
+            self._verdict.said.append(f"NCCL_NET_PLUGIN={machine.plugin_word} is set: there is no {ec2.PLUGIN} here")
         self._verdict.said.insert(0, machine.describe())
         return gpu_of(self, launch)
 

@@ -37,6 +37,7 @@ class StandIn:
     kernel: str = "6.8.0-1050-aws"
     instance: str = "p5.48xlarge"
     devices: tuple[str, ...] = ("rdmap79s0", "rdmap80s0")
+    file: str = ec2.PLUGIN
 
     def build(self, folder: Path) -> dict[str, str]:
         """Write the files; answers with the variables under which they are found."""
@@ -46,7 +47,7 @@ class StandIn:
         if self.libfabric is not None:
             write_fi_info(programs, self.libfabric, self.devices)
         if self.plugin is not None:
-            write_plugin(libraries / ec2.PLUGIN, self.plugin)
+            write_plugin(libraries / self.file, self.plugin)
         return {
             "PATH": f"{programs}{os.pathsep}/usr/bin{os.pathsep}/bin" if self.libfabric else str(programs),
             "LD_LIBRARY_PATH": str(libraries),

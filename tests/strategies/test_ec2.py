@@ -21,7 +21,7 @@ def test_look_finds_versions_and_devices(tmp_path: Path, monkeypatch: pytest.Mon
     assert (machine.instance, machine.kernel, machine.installer) == ("p5.48xlarge", "6.8.0-1050-aws", "1.50.0")
     assert machine.devices == ("rdmap79s0", "rdmap80s0")
     assert machine.plugin_path == tmp_path / "lib/libnccl-net.so"
-    assert (machine.no_devices, machine.no_plugin) == ("", "")
+    assert (machine.no_devices, machine.no_plugin, machine.plugin_word) == ("", "", None)
     assert machine.describe().startswith("2 devices on p5.48xlarge, libfabric 2.6.0amzn1.0, aws-ofi-nccl 1.21.1 (")
 
 
@@ -93,6 +93,13 @@ def test_look_takes_the_plugin_that_nccl_would(
     assert (found.plugin, found.plugin_path) == ("1.14.2", path)
 
 
+def test_look_in_nvidias_container_says_what_to_call_the_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = look(StandIn(file="libnccl-net-ofi.so").install(tmp_path, monkeypatch))
+    assert (found.plugin, found.plugin_word, found.no_plugin) == ("1.21.1", "ofi", "")
+
+
 def test_look_without_a_plugin_gives_the_loaders_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     variables = StandIn(plugin=None).install(tmp_path, monkeypatch)
     found = look(variables)
@@ -100,7 +107,8 @@ def test_look_without_a_plugin_gives_the_loaders_reason(tmp_path: Path, monkeypa
     assert "Install aws-ofi-nccl" in found.no_plugin
     (tmp_path / "lib" / ec2.PLUGIN).write_text("text")
     assert "file too short" in look(variables).no_plugin
-    assert "NCCL's plugin" in look({**variables, "NCCL_NET_PLUGIN": "none"}).no_plugin
+    for name in ("none", ","):
+        assert "NCCL's plugin" in look({**variables, "NCCL_NET_PLUGIN": name}).no_plugin
 
 
 def test_look_with_a_plugin_off_the_loaders_path_says_where_it_is(

@@ -122,6 +122,12 @@ def test_group_over_efa_starts_in_the_environment_that_the_table_gives(workers: 
         assert not {"RDMAV_FORK_SAFE", "NCCL_PROTO", "FI_PROVIDER", "FI_EFA_USE_DEVICE_RDMA"} & set(seen)
 
 
+def test_group_over_efa_in_nvidias_container_names_the_plugin(workers: Workers) -> None:
+    ((seen, said),) = workers.run(connected, 1, [StandIn(file="libnccl-net-ofi.so")], OverGloo(), {})
+    assert seen["NCCL_NET_PLUGIN"] == "ofi"
+    assert any("NCCL_NET_PLUGIN=ofi is set" in line for line in said)
+
+
 def test_rank_0_says_what_was_done_and_where_machines_differ(workers: Workers) -> None:
     other = StandIn(plugin="1.6.0", libfabric="1.17.1")
     first, second = (said for _, said in workers.run(connected, 2, [StandIn(), other], OverGloo(), {}))
