@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -186,3 +188,29 @@ def test_neuron_is_refused_with_what_to_use() -> None:
     assert NeuronBackend().torch_name() == "neuron"
     with pytest.raises(ConfigError, match=r"^NeuronBackend: .*backend=efa or backend=nccl.*\(backend\)\.$"):
         NeuronBackend().device(Launch())
+
+
+# NCCL itself, where there is a GPU: that it refuses is what all of the above rests on.
+
+ONE_RANK = """
+import torch, torch.distributed as dist
+dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=torch.device("cuda", 0))
+dist.all_reduce(torch.ones(1, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("name", "starts"), [(None, True), ("Socket", True), ("AWS Libfabric", False)])
+def test_nccl_told_of_a_network_that_isnt_there_refuses_to_start(name: str | None, starts: bool) -> None:
+    if ec2.look().plugin_path is not None:
+        pytest.skip("this machine has the plugin")
+    environment = {key: value for key, value in os.environ.items() if key != "NCCL_NET"}
+    environment |= {"NCCL_DEBUG": "WARN"} | ({} if name is None else {"NCCL_NET": name})
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_RANK], env=environment, capture_output=True, text=True, check=False, timeout=150
+    )
+    assert (done.returncode == 0) is starts, done.stderr
+    if not starts:
+        assert "any NET plugin" in done.stdout + done.stderr or "not found" in done.stdout + done.stderr
