@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from strategies import ec2
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, TrainingError
 from strategies.interfaces import Interfaces, choose, loopback
 from strategies.world import Launch, World, agree, exchange, open_store
 
@@ -260,6 +260,7 @@ def connect_ranks(backend: Backend) -> World:
 
     Raises:
         ConfigError: some rank can't take part; the same message on every rank.
+        TrainingError: the library itself fails to start.
     """
     launch = Launch.from_env()
     store = open_store(launch)
@@ -284,7 +285,7 @@ def connect_ranks(backend: Backend) -> World:
         # An in-memory store has no address to rendezvous at: a file-less group of one.
         store = dist.HashStore()
     timeout = timedelta(seconds=backend.timeout_s)
-    with sharing_device():
+    with sharing_device(), _in_one_line(backend):
         dist.init_process_group(
             backend.torch_name(),
             store=dist.PrefixStore(f"groups/{connection}", store),
@@ -307,6 +308,19 @@ def connect_ranks(backend: Backend) -> World:
         checkpoint=checkpoint,
     )
     return replace(world, notes=_merged(world.collect([platform.node(), said])))
+
+
+@contextlib.contextmanager
+def _in_one_line(backend: Backend) -> Iterator[None]:
+    """NCCL's own errors, such as a network that isn't there, end with the reason."""
+    try:
+        yield
+    except dist.DistBackendError as error:
+        reason = str(error).strip().splitlines()[-1].rstrip(".")
+        raise TrainingError(
+            f"{type(backend).__name__}: {backend.torch_name()} does not start: {reason}. "
+            "Start again with NCCL_DEBUG=INFO in the environment to see what it tried (backend)."
+        ) from error
 
 
 def _set_interfaces(chosen: Interfaces | None, launch: Launch) -> list[str]:

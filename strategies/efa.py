@@ -40,6 +40,11 @@ class EFABackend(Backend):
                     f"EFABackend: {name!r} in env is no name of a variable, or its value can't be one's. "
                     "Write them as NCCL_DEBUG: INFO (backend.env)."
                 )
+            if name.startswith("LD_"):
+                raise ConfigError(
+                    f"EFABackend: {name} in env comes too late, the loader reads it when a process starts. "
+                    "Set it in the environment of the launcher (backend.env)."
+                )
         self._verdict = Verdict()
         self._missing = ""
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from strategies import backends, ec2, efa
 from strategies.backends import Backend, GlooBackend, NeuronBackend, connect_ranks
 from strategies.efa import EFABackend
-from strategies.errors import ConfigError
+from strategies.errors import ConfigError, TrainingError
 from strategies.single import SingleStrategy
 from strategies.testing import Workers
 from strategies.world import Launch
@@ -172,6 +172,24 @@ def test_efa_is_nccl_with_a_gpu_for_each_rank(tmp_path: Path, monkeypatch: pytes
     monkeypatch.delenv("NCCL_NET")
 
 
+def unable_to_start() -> str:
+    said = (
+        "NCCL error in: ProcessGroupNCCL.cpp:94, invalid usage\nncclInvalidUsage: This usually reflects invalid usage."
+    )
+    error = dist.DistBackendError(f"{said}\nLast error:\nFailed to initialize any NET plugin")
+    with mock.patch.object(dist, "init_process_group", side_effect=error):
+        try:
+            connect_ranks(GlooBackend())
+        except TrainingError as caught:
+            return str(caught)
+    raise AssertionError("it started")
+
+
+def test_group_that_nccl_refuses_to_start_ends_in_one_line(workers: Workers) -> None:
+    expected = "GlooBackend: gloo does not start: Failed to initialize any NET plugin. Start again with NCCL_DEBUG=INFO"
+    assert workers.run(unable_to_start, 1)[0].startswith(expected)
+
+
 def test_efa_alone_is_refused_where_it_isnt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     NOWHERE.install(tmp_path, monkeypatch)
     with pytest.raises(ConfigError, match="finds no EFA device"):
@@ -182,6 +200,11 @@ def test_efa_alone_is_refused_where_it_isnt(tmp_path: Path, monkeypatch: pytest.
 def test_efa_with_odd_variables_is_refused(env: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match=r"is no name of a variable.*\(backend.env\)\.$"):
         EFABackend(env=env)
+
+
+def test_efa_with_a_variable_of_the_loader_is_refused() -> None:
+    with pytest.raises(ConfigError, match="LD_LIBRARY_PATH in env comes too late"):
+        EFABackend(env={"LD_LIBRARY_PATH": "/opt/x"})
 
 
 def test_neuron_is_refused_with_what_to_use() -> None:
