@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -73,3 +80,80 @@ def test_choose_refuses_what_comes_to_nothing(machine: None, wanted: str, expect
 
 def test_loopback_is_the_interface_of_its_address(machine: None) -> None:
     assert loopback() == "lo"
+
+
+# Two hosts whose interfaces have different names.
+
+HOSTS = {"left0": "10.98.7.1", "right7": "10.98.7.2"}
+ONE_RANK = """
+import os, sys
+from strategies.backends import GlooBackend, connect_ranks, disconnect_ranks
+from strategies.errors import ConfigError
+try:
+    world = connect_ranks(GlooBackend(timeout_s=60, interface=sys.argv[1]))
+except ConfigError as error:
+    sys.exit(str(error))
+print(world.reduce([1.0])[0], os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"])
+world.barrier()
+disconnect_ranks()
+"""
+
+
+def ip(*words: str, check: bool = True) -> None:
+    subprocess.run(["ip", *words], check=check, capture_output=True)
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[list[str]]:
+    """Network namespaces with a cable between them."""
+    names = [f"shardwright-{os.getpid()}-{end}" for end in HOSTS]
+    try:
+        for name in names:
+            ip("netns", "add", name)
+        first, second = HOSTS
+        ip("link", "add", first, "netns", names[0], "type", "veth", "peer", "name", second, "netns", names[1])
+        for name, (end, address) in zip(names, HOSTS.items(), strict=True):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", end)
+            ip("-n", name, "link", "set", end, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+        yield names
+    finally:
+        for name in names:
+            ip("netns", "del", name, check=False)
+
+
+@pytest.mark.skipif(
+    os.environ.get("SHARDWRIGHT_CLUSTER") != "all" or os.geteuid() != 0 or shutil.which("ip") is None,
+    reason="makes network namespaces: SHARDWRIGHT_CLUSTER=all, root, ip (apt-get install iproute2)",
+)
+@pytest.mark.parametrize(("wanted", "meet"), [("^docker", True), ("left,right", False), ("left0", False)])
+def test_hosts_with_other_names_meet_by_exclusion(two_hosts: list[str], wanted: str, meet: bool) -> None:
+    variables = {
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": HOSTS["left0"],
+        "MASTER_PORT": "29555",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
+    words = [sys.executable, "-c", ONE_RANK, wanted]
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    ["ip", "netns", "exec", name, *words],
+                    env={"PATH": os.environ["PATH"], **variables, "RANK": str(rank)},
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for rank, name in enumerate(two_hosts)
+        ]
+        said = [process.communicate(timeout=150) for process in started]
+    if meet:
+        assert [out.split() for out, _ in said] == [["2.0", end, f"={end}"] for end in HOSTS], said
+    else:
+        for _, err in said:
+            assert f"interface='{wanted}' is not a network interface of this machine" in err.splitlines()[-1]
