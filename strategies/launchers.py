@@ -126,6 +126,11 @@ def number_in(variables: Environment, name: str, default: int | None = None) -> 
     return int(text)
 
 
+def _local_rank_by_hand(variables: Environment) -> int:
+    """Kubeflow's operators number pods, and a process that nobody else started has its pod for itself."""
+    return number_in(variables, "LOCAL_RANK", 0 if "PET_NODE_RANK" in variables else number_in(variables, "RANK"))
+
+
 # Slurm's srun.
 
 
@@ -230,7 +235,7 @@ _TORCHRUN = _Row(
 _TABLE: tuple[_Row, ...] = (
     # The first of them that has left its sign is the innermost one.
     _TORCHRUN,
-    replace(_TORCHRUN, by="RANK and WORLD_SIZE", sign="RANK"),  # set by hand
+    replace(_TORCHRUN, by="RANK and WORLD_SIZE", sign="RANK", local_rank=_local_rank_by_hand),
     _Row(
         by="horovodrun",
         sign="HOROVOD_RANK",

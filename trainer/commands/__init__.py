@@ -74,6 +74,7 @@ class Command:
 COMMANDS = {
     "launch": Command("trainer.commands.launch", "train with several processes on this machine, or elsewhere"),
     "container": Command("trainer.commands.container", "be the entry point of a SageMaker training job's container"),
+    "node": Command("trainer.commands.node", "start a job's processes on this machine, one of several of the job"),
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
     "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),

@@ -1,9 +1,22 @@
 """From one command to processes: a launcher takes a training job and starts it here or somewhere else."""
 
 from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
+from trainer.launch.batch import BatchLauncher
+from trainer.launch.kubernetes import KubernetesLauncher
 from trainer.launch.local import LocalLauncher
 from trainer.launch.sagemaker import SageMakerLauncher
 
-SCHEMAS = (LocalLauncher, SageMakerLauncher)
+SCHEMAS = (LocalLauncher, SageMakerLauncher, KubernetesLauncher, BatchLauncher)
 
-__all__ = ["SCHEMAS", "LaunchJob", "LaunchedJob", "Launcher", "LocalLauncher", "SageMakerLauncher", "State", "Status"]
+__all__ = [
+    "SCHEMAS",
+    "BatchLauncher",
+    "KubernetesLauncher",
+    "LaunchJob",
+    "LaunchedJob",
+    "Launcher",
+    "LocalLauncher",
+    "SageMakerLauncher",
+    "State",
+    "Status",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import sys
@@ -22,6 +23,7 @@ LEAVE_S = 600
 """How long workers that were told to stop may write their checkpoint; bare torchrun kills them after 30 s."""
 _ARRIVE_S = 900
 """How much later than another machine one may be up."""
+_LOOK_S = 0.5
 _ALONE_S = 30
 _NOTICE_S = 8
 """How long a worker that another one's crash left behind may take to notice by itself, which is a matter of seconds;
@@ -92,17 +94,28 @@ class Meeting(RendezvousHandler):
         """
         from strategies.errors import ConfigError
 
+        end = time.monotonic() + _ARRIVE_S
         try:
-            store = TCPStore(
-                addresses[0], port, is_master=machine == 0, wait_for_workers=False, timeout=timedelta(seconds=_ARRIVE_S)
-            )
+            while True:
+                left = timedelta(seconds=max(1.0, end - time.monotonic()))
+                store = TCPStore(addresses[0], port, is_master=machine == 0, wait_for_workers=False, timeout=left)
+                if store.add(f"arrived/{machine}", 1) == 1:
+                    return cls(store, addresses[0], port, machine, len(addresses))
+                # This machine was started again, and the others, which are about to be, still wait for what it was.
+                with contextlib.suppress(RuntimeError, DistNetworkError):
+                    while time.monotonic() < end:
+                        store.add(f"arrived/{machine}", 0)
+                        time.sleep(_LOOK_S)
+                    raise ConfigError(
+                        f"launch: machine {machine} was started again, and the others weren't. End the job, and start "
+                        "all of it."
+                    )
         except (RuntimeError, DistNetworkError) as error:
             why = str(error).splitlines()[0].rstrip(".")
             raise ConfigError(
                 f"launch: machine {machine} can't meet the others at {addresses[0]}:{port}: {why}. Look whether it is "
                 "up, and open the port between the machines."
             ) from error
-        return cls(store, addresses[0], port, machine, len(addresses))
 
     def get_backend(self) -> str:
         return "static"

@@ -51,7 +51,7 @@ class Display:
         """
         stream = sys.stdout if stream is None else stream
         live = rank == 0 and is_terminal(stream)
-        self._screen: Screen = LiveScreen(stream) if live else PlainScreen(stream if rank == 0 else None)
+        self._screen: Screen = LiveScreen(stream) if live else PlainScreen(stream if _shows(rank) else None)
         self._now = now
         self._pace: deque[tuple[int, float]] = deque(maxlen=_ETA_WINDOW)
         self.set_total(total_steps, start_step)
@@ -136,6 +136,11 @@ class Display:
         if self._total is None or last <= first:
             return None
         return max(0, self._total - step) * (now - began) / (last - first)
+
+
+def _shows(rank: int) -> bool:
+    """Rank 0 does, and where each machine's log is looked at by somebody, the first rank of each."""
+    return rank == 0 or (os.environ.get("SHARDWRIGHT_SHOW") == "each_machine" and os.environ.get("LOCAL_RANK") == "0")
 
 
 def step_line(step: int, total: int | None, metrics: Mapping[str, float], eta: float | None) -> str:
