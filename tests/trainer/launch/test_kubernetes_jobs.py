@@ -290,7 +290,8 @@ def test_two_pods_of_a_manifest_train_together(tmp_path: Path) -> None:
     rules = log_rules(KubernetesLauncher(kind=Kind.hyperpod, gpus=0, hyperpod=HyperPod(slow_tokens_per_s=10)))
     for log in logs:
         matched = [[line for line in log.splitlines() if re.match(rule["logPattern"], line)] for rule in rules]
-        assert [line.split()[0] for line in matched[0]] == ["step=1/3", "step=2/3", "step=3/3", "step=3"]
+        assert [line.split()[0] for line in matched[0][:4]] == ["step=1/3", "step=2/3", "step=3/3", "step=3"]
+        assert all(line.startswith("step=3 val_") for line in matched[0][3:])
         assert matched[0] == matched[1]
         assert [line.split()[0] for line in matched[2]] == ["step=1/3", "step=2/3", "step=3/3"]
         speeds = [re.match(rules[2]["logPattern"], line) for line in matched[2]]
