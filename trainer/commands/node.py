@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.commands import Parser
+from trainer.stop import EXIT_STOPPED, SignalEars
 
 _PORT = 29500
 _ALONE = "127.0.0.1"
@@ -58,7 +60,13 @@ def main(options: Namespace) -> int:
         raise ConfigError(f"launch: there is no script {script}. Name a file (--script).")
     meeting = None
     if here.machines > 1:
-        meeting = Meeting.among([here.address] * here.machines, here.machine, here.port)
+        # As a container's first process it would be deaf to a SIGTERM while it waits for the others.
+        ears = SignalEars(lambda number: None, lambda number: os._exit(EXIT_STOPPED))
+        ears.listen((signal.SIGINT, signal.SIGTERM))
+        try:
+            meeting = Meeting.among([here.address] * here.machines, here.machine, here.port)
+        finally:
+            ears.close()
     return launch_local(script, options.rest, processes, 0, meeting)
 
 

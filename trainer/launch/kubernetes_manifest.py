@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -78,12 +79,19 @@ def job_name(run: str, now: datetime) -> str:
     plain = re.sub(r"[^a-z0-9]+", "-", run.lower()).strip("-") or "run"
     plain = plain if plain[0].isalpha() else f"run-{plain}"
     suffix = f"-{now:%y%m%d-%H%M%S}"
-    return plain[: _LONGEST_NAME - len(suffix)].strip("-") + suffix
+    return _shortened(plain, run, _LONGEST_NAME - len(suffix)) + suffix
 
 
 def run_label(run: str) -> str:
     """A run's name as a label's value."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run)[:63].strip("-_.") or "run"
+    return _shortened(re.sub(r"[^A-Za-z0-9_.-]+", "-", run).strip("-_.") or "run", run, 63)
+
+
+def _shortened(plain: str, run: str, most: int) -> str:
+    """Two runs never get the same: those of a sweep differ at their ends."""
+    if len(plain) <= most:
+        return plain
+    return f"{plain[: most - 7].rstrip('-_.')}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
 
 
 def _labels(settings: KubernetesLauncher, name: str) -> dict[str, str]:

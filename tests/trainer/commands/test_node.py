@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from strategies.errors import ConfigError
 from strategies.launchers import started
+from tests.trainer.commands.jobs import ROOT
 from trainer.commands import COMMANDS
 from trainer.commands.node import Place, place_of
 from trainer.launch.agent import Meeting
@@ -84,6 +89,25 @@ def test_wrong_option_is_refused(words: list[str], said: str, monkeypatch: pytes
     monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
     with pytest.raises(ConfigError, match=said):
         COMMANDS["node"].run(COMMANDS["node"].parse(words))
+
+
+def test_machine_that_waits_for_the_others_hears_a_signal(tmp_path: Path) -> None:
+    variables = {name: value for name, value in os.environ.items() if name not in ("RANK", "MASTER_ADDR")}
+    variables |= PET | {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "1", "PYTHONPATH": str(ROOT)}
+    ready = tmp_path / "ready"
+    program = (  # what it calls next blocks in C++
+        "import pathlib, sys, trainer.launch.agent as agent\n"
+        "among = agent.Meeting.among\n"
+        f"agent.Meeting.among = lambda *given: (pathlib.Path({str(ready)!r}).touch(), among(*given))\n"
+        "from trainer.cli import main\nmain(['node', '--processes', '1'])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], env=variables, stderr=subprocess.DEVNULL) as process:
+        while not ready.exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.terminate()
+        assert process.wait(30) == 75
 
 
 def test_machine_that_is_started_again_waits_until_the_others_are_too(tmp_path: Path) -> None:

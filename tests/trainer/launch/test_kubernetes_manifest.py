@@ -264,6 +264,13 @@ def test_job_name_is_one_that_services_take(run: str) -> None:
     assert re.fullmatch(r"[A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?", run_label(run))
 
 
+def test_long_names_of_a_sweep_stay_apart() -> None:
+    now = datetime(2026, 11, 22, 5, 4, 3, tzinfo=UTC)
+    runs = [f"sweep-hidden_size-num_hidden_layers-learning_rate-0a1b2c-{number:04d}-x=1" for number in range(20)]
+    assert len({job_name(run, now) for run in runs}) == len({run_label(run) for run in runs}) == len(runs)
+    assert all(len(run_label(run)) <= 63 for run in runs)
+
+
 def test_devices_are_those_of_the_type_unless_said() -> None:
     def resources(**settings: Any) -> dict[str, str]:
         found: dict[str, str] = container(made(gpus=None, **settings))["resources"]["limits"]
