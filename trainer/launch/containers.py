@@ -25,7 +25,7 @@ def image(given: str | None) -> str:
     """
     if given is None:
         raise ConfigError(
-            "launch: which image? Give one that holds this package, such as the one that docker/ describes, as "
+            "launch: which image? Give one that holds this package, such as that of scripts/container/Dockerfile, as "
             "registry/name:tag (launcher.image)."
         )
     name = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

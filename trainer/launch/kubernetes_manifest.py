@@ -154,8 +154,8 @@ def _environment(settings: KubernetesLauncher, name: str, words: Sequence[str]) 
             "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
             "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": place,
         }
-    if efa and settings.hugepages is None:
-        found["FI_EFA_USE_HUGE_PAGE"] = "0"  # else a fork for data workers may fail for memory
+    if efa:  # without pages of its own in the pod, a fork for data workers may fail for memory
+        found["FI_EFA_USE_HUGE_PAGE"] = "0" if settings.hugepages is None else "1"
     made: list[dict[str, Any]] = [
         {"name": variable, "value": value} for variable, value in (found | settings.environment).items()
     ]

@@ -282,7 +282,7 @@ def test_devices_are_those_of_the_type_unless_said() -> None:
     assert resources(instance_type="p4d.24xlarge", nodes=2, efa=0) == {"nvidia.com/gpu": "8"}
     huge = made(gpus=None, instance_type="p4d.24xlarge", nodes=2, hugepages="5120Mi")
     assert container(huge)["resources"]["limits"]["hugepages-2Mi"] == "5120Mi"
-    assert "FI_EFA_USE_HUGE_PAGE" not in {each["name"] for each in container(huge)["env"]}
+    assert {"name": "FI_EFA_USE_HUGE_PAGE", "value": "1"} in container(huge)["env"]
     assert all(each.gpus in (1, 4, 8) and each.efa <= 32 for each in INSTANCES.values())
 
 
