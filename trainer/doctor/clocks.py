@@ -61,11 +61,11 @@ def judge_clocks(found: Sequence[Sequence[float]], names: Sequence[str]) -> list
     """What is to be thought of them."""
     if len(found) < 2:
         return []
-    middle = sorted(ahead for ahead, _ in found)[len(found) // 2]
+    middle, middle_unsure = sorted((ahead, unsure) for ahead, unsure in found)[len(found) // 2]
     off = {
         name: ahead - middle
         for name, (ahead, unsure) in zip(names, found, strict=True)
-        if abs(ahead - middle) - unsure > _WORTH_KNOWING_S
+        if abs(ahead - middle) - unsure - middle_unsure > _WORTH_KNOWING_S
     }
     if not off:
         spread = max(ahead for ahead, _ in found) - min(ahead for ahead, _ in found)

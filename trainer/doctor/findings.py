@@ -88,4 +88,7 @@ def _merged(by_host: Mapping[str, Sequence[Finding]], num_hosts: int) -> Finding
     where = () if everywhere else tuple(by_host)
     if len(set(texts.values())) == 1:
         return replace(some, what=next(iter(texts.values())), where=where)
+    if some.level is Level.ok:
+        host, text = next(iter(texts.items()))
+        return replace(some, what=f"{text} ({host}; {len(texts) - 1} more alike)", where=where)
     return replace(some, what=listed([f"{host}: {text}" for host, text in texts.items()]), where=where)

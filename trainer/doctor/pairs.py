@@ -55,6 +55,8 @@ class Links:
 
 def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
     """Every two of the members once, in as few rounds of disjoint pairs as there can be (the circle method)."""
+    if len(members) < 2:
+        return []
     circle: list[int | None] = [*members, *([None] if len(members) % 2 else [])]
     found = []
     for _ in range(len(circle) - 1):

@@ -31,8 +31,8 @@ def writable(folder: Path) -> None:
             raise PermissionError(13, "Permission denied")
 
 
-def write(report: Report, folder: Path) -> None:
-    """Both files, the picture where there were pairs to measure.
+def write(report: Report, folder: Path, *, picture: bool = True) -> None:
+    """Both files, the picture where it is asked for and there were pairs to measure.
 
     Raises:
         ConfigError: the folder can't be written.
@@ -42,7 +42,8 @@ def write(report: Report, folder: Path) -> None:
         unfinished = folder / ".doctor.json.new"
         unfinished.write_text(json.dumps(_as_json(report), indent=1))
         unfinished.replace(folder / "doctor.json")
-        _draw(report, folder / "doctor.png")
+        if picture:
+            _draw(report, folder / "doctor.png")
 
 
 def _as_json(report: Report) -> dict[str, object]:
