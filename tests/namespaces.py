@@ -25,6 +25,10 @@ class Host:
     name: str
     address: str
     namespace: str
+    switch: str
+    """The namespace of all hosts' switch."""
+    port: str
+    """Of the switch, to this host."""
 
     def words(self, *command: str) -> list[str]:
         """The command line that runs `command` there, under the host's own name."""
@@ -35,6 +39,11 @@ class Host:
         """Let it send no faster than `rate`, such as `1gbit`."""
         limits = ["rate", rate, "burst", "256kb", "latency", "50ms"]
         _run("ip", "netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", "eth0", "root", "tbf", *limits)
+
+    def shape_receiving(self, rate: str) -> None:
+        """Let the others send it no more than `rate`, by its port of the switch."""
+        limits = ["rate", rate, "burst", "256kb", "latency", "50ms"]
+        _run("ip", "netns", "exec", self.switch, "tc", "qdisc", "replace", "dev", self.port, "root", "tbf", *limits)
 
     def link(self, state: str) -> None:
         """Take its link `up` or `down`."""
@@ -56,16 +65,22 @@ def hosts(number: int = 2, *, rate: str | None = None, resolve: bool = True) -> 
     mark = f"sw{os.getpid()}"
     switch = f"{mark}-switch"
     found = [
-        Host(name=f"algo-{each}", address=f"10.98.0.{each}", namespace=f"{mark}-{each}")
+        Host(
+            name=f"algo-{each}",
+            address=f"10.98.0.{each}",
+            namespace=f"{mark}-{each}",
+            switch=switch,
+            port=f"{mark}p{each}",
+        )
         for each in range(1, number + 1)
     ]
     try:
         _run("ip", "netns", "add", switch)
         _run("ip", "-n", switch, "link", "add", "br0", "type", "bridge")
         _run("ip", "-n", switch, "link", "set", "br0", "up")
-        for each, host in enumerate(found):
+        for host in found:
             _run("ip", "netns", "add", host.namespace)
-            _connect(host, switch, f"{mark}p{each}")
+            _connect(host)
             if rate is not None:
                 host.shape(rate)
             _write_hosts(host, found if resolve else [host])
@@ -76,10 +91,10 @@ def hosts(number: int = 2, *, rate: str | None = None, resolve: bool = True) -> 
             shutil.rmtree(Path("/etc/netns") / namespace, ignore_errors=True)
 
 
-def _connect(host: Host, switch: str, port: str) -> None:
-    inside = ["ip", "-n", host.namespace]
-    _run("ip", "-n", switch, "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
-    _run("ip", "-n", switch, "link", "set", port, "master", "br0", "up")
+def _connect(host: Host) -> None:
+    inside, switch = ["ip", "-n", host.namespace], ["ip", "-n", host.switch]
+    _run(*switch, "link", "add", host.port, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
+    _run(*switch, "link", "set", host.port, "master", "br0", "up")
     _run(*inside, "addr", "add", f"{host.address}/24", "dev", "eth0")
     _run(*inside, "link", "set", "eth0", "up")
     _run(*inside, "link", "set", "lo", "up")

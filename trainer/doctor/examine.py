@@ -223,7 +223,7 @@ def _connected(backend: Backend, report: Report, guard: Guard) -> World | None:
     except Exception as error:
         if not is_broken_connection(error):
             raise
-        who = guard.absent()
+        who = guard.lost()
         report.findings.append(
             Finding(
                 check="connection",
@@ -271,7 +271,7 @@ def _losses_named(guard: Guard) -> Iterator[None]:
     except Exception as error:
         if not is_broken_connection(error):
             raise
-        who = guard.absent() or _first_line(error)
+        who = guard.lost() or _first_line(error)
         raise TrainingError(f"doctor: while {guard.at}: {who}.") from error
 
 

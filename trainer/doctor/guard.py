@@ -1,4 +1,4 @@
-"""Nobody waits for ever: a thread that ends this rank where a step takes too long, and says who was missing."""
+"""Nobody waits for ever: a rank ends where a step takes too long or another rank falls silent, and says who it was."""
 
 from __future__ import annotations
 
@@ -23,12 +23,20 @@ _SILENT_S = 2.5
 """A rank that gives no sign of life for so long is gone, or stopped; asked where something went wrong."""
 _STOPPED_S = 20.0
 """The same where nothing went wrong yet."""
+_PATIENCE_S = 4.0
+"""For the other thread to come back from the store."""
 _LAST = 1_000_000
 """Number of the step after which a rank may be silent."""
+_CUT_OFF = "the ranks' store does not answer: rank 0's host, the launcher there, or the link to it is gone"
+
+Beat = list[Any]
+"""A count, the number of the step, and its name."""
 
 
 class Guard:
     """Watches over this rank's steps, and tells the others that it lives.
+
+    One thread talks to the store and may hang in it, where the link is cut; the other one keeps the time.
 
     Args:
         launch: of this rank.
@@ -41,22 +49,27 @@ class Guard:
         self._layout: Layout | None = None
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        """Held while the store is asked."""
         self._step, self._number, self._beats = "starting", 0, 0
         self._begun, self._limit_s = time.monotonic(), float("inf")
-        self._neighbour: tuple[list[Any] | None, float] = (None, 0.0)
-        self._looked_s = 0.0
-        self._thread = threading.Thread(target=self._watch, name="doctor", daemon=True)
+        self._heard_s = self._looked_s = time.monotonic()
+        self._neighbour: tuple[Beat | None, float] = (None, 0.0)
+        self._threads = [
+            threading.Thread(target=work, name=f"doctor-{work.__name__}", daemon=True)
+            for work in (self._keep_time, self._talk)
+        ]
 
     def __enter__(self) -> Guard:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._step, self._number = "leaving", _LAST
-        self._beat()
         self._closed.set()
-        self._thread.join(2 * _SILENT_S)
-        self._store = None
+        self._beat()
+        for thread in self._threads:
+            thread.join(_PATIENCE_S)
 
     def attach(self, store: dist.Store, prefix: str) -> None:
         """From now on there is something through which ranks hear of each other.
@@ -66,9 +79,8 @@ class Guard:
             prefix: of the keys of this examination.
         """
         if self._launch.size > 1:
-            with self._lock:
-                self._store = store.clone()  # type: ignore[attr-defined]  # its stubs lack it
-            self._prefix = prefix
+            self._prefix, self._heard_s = prefix, time.monotonic()
+            self._store = store.clone()  # type: ignore[attr-defined]  # its stubs lack it
             self._beat()
 
     def learn(self, layout: Layout) -> None:
@@ -80,7 +92,6 @@ class Guard:
         """Around what may take `limit_s` seconds at most; all ranks have the same steps in the same order."""
         self._step, self._number = name, self._number + 1
         self._begun, self._limit_s = time.monotonic(), limit_s
-        self._beat()
         try:
             yield
         finally:
@@ -95,12 +106,11 @@ class Guard:
         """Who is missing, in words; takes a moment. None: nobody, as far as can be seen."""
         if self._store is None:
             return None
-        try:
-            before = self._heard()
-            time.sleep(_SILENT_S)
-            after = self._heard()
-        except (RuntimeError, OSError):
-            return "the ranks' store is gone, and with it rank 0 or the launcher"
+        before = self._all()
+        time.sleep(_SILENT_S)
+        after = self._all()
+        if before is None or after is None:
+            return _CUT_OFF
         silent = [rank for rank, beat in enumerate(after) if beat is None or (before[rank] or [0])[0] == beat[0]]
         silent = [rank for rank in silent if rank != self._launch.rank and (after[rank] or [0, 0])[1] < _LAST]
         if silent:
@@ -108,61 +118,85 @@ class Guard:
         late = {rank: beat[2] for rank, beat in enumerate(after) if beat is not None and beat[1] < self._number}
         return f"{self._named([*late])} did not come as far, still {next(iter(late.values()))}" if late else None
 
-    def _silent(self, ranks: list[int], seen: list[Any] | None) -> str:
+    def lost(self) -> str | None:
+        """The same, after an error; doesn't return where nothing can be said to the others, who would be waited for."""
+        who = self.absent()
+        if who == _CUT_OFF:
+            self._end(f"while {self._step}: {who}")
+        return who
+
+    def _silent(self, ranks: list[int], seen: Beat | None) -> str:
         last = "" if seen is None else f", last seen {seen[2]}"
         return f"{self._named(ranks)} gave no sign of life{last}"
 
     def _named(self, ranks: list[int]) -> str:
         return listed([f"rank {rank}" if self._layout is None else self._layout.name_of(rank) for rank in ranks])
 
-    def _heard(self) -> list[list[Any] | None]:
-        """Count, number of the step and its name, of each rank; None: nothing yet."""
-        with self._lock:
-            keys = [f"{self._prefix}/beat/{rank}" for rank in range(self._launch.size)]
-            return [json.loads(self._store.get(key)) if self._store.check([key]) else None for key in keys]
+    # Through the store.
 
-    # In the thread.
-
-    def _watch(self) -> None:
-        while not self._closed.wait(_EVERY_S):
-            self._beat()
-            if time.monotonic() - self._begun > self._limit_s:
-                who = self.absent() or self._alone()
-                self._end(f"{self._step} took more than {self._limit_s:.0f} s: {who}")
-            elif stopped := self._stopped():
-                self._end(f"while {self._step}: {stopped}")
-
-    def _stopped(self) -> str | None:
-        """The next rank, if it is silent for long: each looks after one, so that all are looked after."""
-        if self._store is None:
-            return None
-        following, now = (self._launch.rank + 1) % self._launch.size, time.monotonic()
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Raises OSError where the other thread hangs in it."""
+        if not self._lock.acquire(timeout=_PATIENCE_S):
+            raise TimeoutError
         try:
-            with self._lock:
-                key = f"{self._prefix}/beat/{following}"
-                beat = json.loads(self._store.get(key)) if self._store.check([key]) else None
-        except (RuntimeError, OSError):  # the main thread hears of it, too
+            yield
+        finally:
+            self._lock.release()
+
+    def _get(self, rank: int) -> Beat | None:
+        key = f"{self._prefix}/beat/{rank}"
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _all(self) -> list[Beat | None] | None:
+        """Of every rank; None: the store doesn't answer."""
+        try:
+            with self._asking():
+                return [self._get(rank) for rank in range(self._launch.size)]
+        except (RuntimeError, OSError):
             return None
-        if beat is None or beat != self._neighbour[0] or beat[1] == _LAST or now - self._looked_s > 5.0:
-            self._neighbour = beat, now  # also where this rank itself was asleep
-        self._looked_s = now
-        return self._silent([following], beat) if now - self._neighbour[1] > _STOPPED_S else None
 
     def _beat(self) -> None:
-        with self._lock, contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(RuntimeError, OSError):
             if self._store is not None:
-                self._beats += 1
-                self._store.set(
-                    f"{self._prefix}/beat/{self._launch.rank}", json.dumps([self._beats, self._number, self._step])
-                )
+                with self._asking():
+                    self._beats += 1
+                    beat = [self._beats, self._number, self._step]
+                    self._store.set(f"{self._prefix}/beat/{self._launch.rank}", json.dumps(beat))
 
-    def _end(self, why: str) -> None:
-        line = f"TrainingError: doctor: {why}."
-        write_failure(line)
-        if self._first_to_say(line):
-            os.write(2, f"{line}\n".encode())
-        sys.stdout.flush()
-        os._exit(1)
+    # In the thread that talks to it.
+
+    def _talk(self) -> None:
+        while not self._closed.wait(_EVERY_S):
+            if self._store is None:
+                continue
+            self._beat()
+            with contextlib.suppress(RuntimeError, OSError):
+                with self._asking():
+                    beat = self._get((self._launch.rank + 1) % self._launch.size)
+                self._heard_s = now = time.monotonic()
+                known = self._neighbour[0]
+                if beat is None or beat != known or beat[1] == _LAST or now - self._looked_s > _STOPPED_S / 4:
+                    self._neighbour = beat, now  # also where this rank itself was asleep
+                self._looked_s = now
+
+    # In the thread that keeps the time.
+
+    def _keep_time(self) -> None:
+        last = time.monotonic()
+        while not self._closed.wait(_EVERY_S):
+            now = time.monotonic()
+            if now - last > _STOPPED_S / 4:  # asleep, and so was the other thread
+                self._begun, self._heard_s = self._begun + now - last, now
+            last = now
+            if now - self._begun > self._limit_s:
+                who = self.absent() or self._alone()
+                self._end(f"{self._step} took more than {self._limit_s:.0f} s: {who}")
+            elif self._store is not None and now - self._heard_s > _STOPPED_S:
+                self._end(f"while {self._step}: {_CUT_OFF}")
+            elif self._store is not None and self._looked_s - self._neighbour[1] > _STOPPED_S:
+                following = (self._launch.rank + 1) % self._launch.size
+                self._end(f"while {self._step}: {self._silent([following], self._neighbour[0])}")
 
     def _alone(self) -> str:
         if self._store is None and self._launch.size > 1:
@@ -172,10 +206,21 @@ class Guard:
             return f"nobody answers at {at}; see whether rank 0 was started there, and whether the port is open"
         return "nobody is missing; look at what this host is doing"
 
+    def _end(self, why: str) -> None:
+        if self._closed.is_set():  # it has come to an end meanwhile
+            return
+        line = f"TrainingError: doctor: {why}."
+        write_failure(line)
+        if self._first_to_say(line):
+            os.write(2, f"{line}\n".encode())
+        sys.stdout.flush()
+        os._exit(1)
+
     def _first_to_say(self, line: str) -> bool:
         mine = f"{self._launch.rank}: {line}"
-        with self._lock, contextlib.suppress(RuntimeError, OSError):
+        with contextlib.suppress(RuntimeError, OSError):
             if self._store is not None:
-                first: bytes = self._store.compare_set("said", "", mine)
+                with self._asking():
+                    first: bytes = self._store.compare_set("said", "", mine)
                 return first.decode() in ("", mine)
         return True
