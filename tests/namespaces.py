@@ -45,6 +45,12 @@ class Host:
         limits = ["rate", rate, "burst", "256kb", "latency", "50ms"]
         _run("ip", "netns", "exec", self.switch, "tc", "qdisc", "replace", "dev", self.port, "root", "tbf", *limits)
 
+    @property
+    def received_bytes(self) -> int:
+        """Over its link, so far."""
+        path = "/sys/class/net/eth0/statistics/rx_bytes"
+        return int(subprocess.run(self.words("cat", path), check=True, capture_output=True, text=True).stdout)
+
     def link(self, state: str) -> None:
         """Take its link `up` or `down`."""
         _run("ip", "netns", "exec", self.namespace, "ip", "link", "set", "eth0", state)

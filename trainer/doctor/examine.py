@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ CHECKS: tuple[Check, ...] = (
     NamesCheck(),
 )
 _LOOK_S = 60.0
+_GRACE_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,24 +126,30 @@ def examine(
         listening = Listening()
         with listening.open():
             say("connecting the ranks")
-            with guard.step("connecting the ranks", 2 * wanted.wait_s):
-                world = _connected(replace(backend, timeout_s=min(backend.timeout_s, wanted.wait_s)), report, guard)
+            with guard.step("connecting the ranks", 2 * wanted.wait_s + 2 * _GRACE_S):
+                patient = replace(backend, timeout_s=min(backend.timeout_s, wanted.wait_s))
+                world = _connected(patient, report, store, guard)
             if world is not None:
                 _between(report, world, wanted, guard, say)
         with guard.step("writing the report", 2 * wanted.wait_s):
             if world is not None and world.device.type == "cuda":
                 _hear(report, world, listening)
             report.took_s = time.monotonic() - begun
-            failed = _finished(report, launch, world, finish)
+            failed = _finished(report, launch, world, store, finish)
         with guard.step("leaving", wanted.wait_s):
             disconnect_ranks()
     return failed
 
 
-def _finished(report: Report, launch: Launch, world: World | None, finish: Callable[[Report], None]) -> bool:
+def _finished(
+    report: Report, launch: Launch, world: World | None, store: dist.Store, finish: Callable[[Report], None]
+) -> bool:
     if world is None:
         if launch.rank == 0:
             finish(report)
+            store.set("reported", "")
+        with contextlib.suppress(RuntimeError):  # whoever leaves first may be the end of all
+            store.wait(["reported"], timedelta(seconds=_LOOK_S))
         return True
     with world.together():
         if world.rank == 0:
@@ -169,12 +178,13 @@ def _met(
 ) -> tuple[Report, dist.Store]:
     """All ranks are there."""
     say("waiting for all ranks")
-    with guard.step("waiting for all ranks", 2 * wanted.wait_s + 20):
+    end = time.monotonic() + wanted.wait_s
+    with guard.step("waiting for all ranks", wanted.wait_s + 2 * _GRACE_S):
         base = open_store(launch)
         number = base.add(f"doctor/{launch.rank}", 1)  # a script may examine more than once
         guard.attach(base, f"doctor/{number}")
         store = dist.PrefixStore(f"doctor/{number}", base)
-        layout = roll_call(store, launch, wanted.wait_s, _address(), ready)
+        layout = roll_call(store, launch, max(1.0, end - time.monotonic()), _address(), ready)
     guard.learn(layout)
     return Report(layout=layout), store
 
@@ -214,25 +224,40 @@ def _look(
         report.findings += check.judge(checks, report.looks)
 
 
-def _connected(backend: Backend, report: Report, guard: Guard) -> World | None:
+def _connected(backend: Backend, report: Report, store: dist.Store, guard: Guard) -> World | None:
     """None: they can't, which is a finding as well; what was found of the hosts mostly says why."""
-    try:
-        return connect_ranks(backend)
-    except ConfigError:
-        raise
-    except Exception as error:
-        if not is_broken_connection(error):
-            raise
-        who = guard.lost()
-        report.findings.append(
-            Finding(
-                check="connection",
-                level=Level.failure,
-                what=f"the ranks can't connect: {who or _first_line(error)}",
-                advice="Look at the interface and names above, and at firewalls and security groups between the hosts",
-            )
+    outcome: list[World | Exception] = []
+
+    def connect() -> None:
+        try:
+            outcome.append(connect_ranks(backend))
+        except Exception as error:
+            outcome.append(error)
+
+    # Gloo may wait much longer than it is told to, and then there is still something to report.
+    thread = threading.Thread(target=connect, name="doctor-connect", daemon=True)
+    thread.start()
+    end = time.monotonic() + backend.timeout_s + _GRACE_S
+    while thread.is_alive() and time.monotonic() < end and not store.check(["unconnected"]):
+        thread.join(0.1)
+    found = outcome[0] if outcome else None
+    if isinstance(found, World):
+        if found.device.type == "cuda":
+            torch.cuda.set_device(found.device)  # it counts for the thread that says so
+        return found
+    if found is not None and (isinstance(found, ConfigError) or not is_broken_connection(found)):
+        raise found
+    why = "no answer" if found is None else _first_line(found)
+    why = store.compare_set("unconnected", "", why).decode()  # the first one knows best
+    report.findings.append(
+        Finding(
+            check="connection",
+            level=Level.failure,
+            what=f"the ranks can't connect: {guard.lost() or why}",
+            advice="Look at the interface and names above, and at firewalls and security groups between the hosts",
         )
-        return None
+    )
+    return None
 
 
 def _between(report: Report, world: World, wanted: Wanted, guard: Guard, say: Callable[[str], None]) -> None:

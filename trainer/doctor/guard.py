@@ -53,7 +53,7 @@ class Guard:
         self._step, self._number, self._beats = "starting", 0, 0
         self._begun, self._limit_s = time.monotonic(), float("inf")
         self._heard_s = self._looked_s = time.monotonic()
-        self._neighbour: tuple[Beat | None, float] = (None, 0.0)
+        self._neighbour: tuple[Beat | None, float] = (None, self._looked_s)
         self._threads = [
             threading.Thread(target=work, name=f"doctor-{work.__name__}", daemon=True)
             for work in (self._keep_time, self._talk)
@@ -79,7 +79,9 @@ class Guard:
             prefix: of the keys of this examination.
         """
         if self._launch.size > 1:
-            self._prefix, self._heard_s = prefix, time.monotonic()
+            self._prefix, now = prefix, time.monotonic()
+            self._heard_s = self._looked_s = now
+            self._neighbour = None, now
             self._store = store.clone()  # type: ignore[attr-defined]  # its stubs lack it
             self._beat()
 

@@ -20,7 +20,7 @@ from strategies.world import Launch
 from trainer.doctor.check import text_of
 from trainer.doctor.findings import listed, plural
 
-_GRACE_S = 10.0
+_GRACE_S = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
