@@ -19,6 +19,7 @@ _MORE: tuple[tuple[str, ...], ...] = (
     ("ecc.errors.uncorrected.volatile.total", "ecc.errors.corrected.volatile.total"),
     ("retired_pages.double_bit.count", "retired_pages.single_bit_ecc.count", "retired_pages.pending"),
     ("pcie.link.width.current", "pcie.link.width.max"),
+    ("power.default_limit",),
 )
 _SLOWDOWNS = ("hw_slowdown", "hw_thermal_slowdown", "hw_power_brake_slowdown", "sw_thermal_slowdown")
 _REMAPPED = ("remapped_rows.pending", "remapped_rows.failure")
@@ -119,6 +120,9 @@ def troubles(gpu: Mapping[str, str]) -> list[tuple[bool, str, str]]:
             found.append((reason.startswith("hw"), f"slowed down {why} ({reason})", "Replace the host"))
     if (heat := number(gpu, "temperature.gpu")) >= _HOT_C:
         found.append((False, f"{heat:.0f} °C", "See whether it is slowed down under load"))
+    allowed, usual = number(gpu, "power.limit"), number(gpu, "power.default_limit")
+    if 0 < allowed < 0.95 * usual:
+        found.append((False, f"held to {allowed:.0f} of {usual:.0f} W", "nvidia-smi -pl, if that was not meant"))
     width, most = number(gpu, "pcie.link.width.current"), number(gpu, "pcie.link.width.max")
     if 0 < width < most:
         found.append((True, f"{width:.0f} of {most:.0f} PCIe lanes", "Replace the host: its way to the GPU is narrow"))

@@ -135,8 +135,9 @@ class LimitsCheck(Check):
         said = {name: "unlimited" if found[name] is None else found[name] for name in ("memlock", "nofile", "nproc")}
         findings = []
         if found["rdma"] and found["memlock"] is not None:
+            say = self.failure if found["memlock"] < _GIB else self.warning
             findings.append(
-                self.failure(
+                say(
                     f"{found['memlock']:,} bytes may be locked, and there are devices for RDMA, which register memory",
                     "Set ulimit -l unlimited (containers: --ulimit memlock=-1)",
                 )

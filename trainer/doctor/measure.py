@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from strategies.world import World
 from trainer.doctor.clocks import judge_clocks, measure_clocks
 from trainer.doctor.collectives import (
@@ -121,6 +123,8 @@ def measure(world: World, layout: Layout, pace: Pace, guard: Guard, say: Callabl
             found.between = measure_links(
                 world, plan, slow_hosts_again(layout), seconds=pace.way_s, budget_s=pace.pairs_s, say=tell
             )
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # it is a run's now
     with part("reading counters"):
         counted = world.collect([mine, differences(before, counters()), len(devices())] if leads else None)
     told = [each for each in counted or [] if each is not None]

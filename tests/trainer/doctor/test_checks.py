@@ -201,6 +201,7 @@ case "$1" in
   --query-gpu=ecc*) echo "0, 0"; echo "3, 12" ;;
   --query-gpu=retired*) echo "[N/A], [N/A], [N/A]"; echo "[N/A], [N/A], [N/A]" ;;
   --query-gpu=pcie*) echo "16, 16"; echo "8, 16" ;;
+  --query-gpu=power*) echo "700.00"; echo "1000.00" ;;
   --query-gpu=clocks_event*) echo 'Field "clocks_event_reasons.hw_slowdown" is not a valid field to query.'; exit 2 ;;
   --query-gpu=clocks_throttle*) echo "Not Active, Not Active, Not Active, Not Active"
                                 echo "Active, Active, Not Active, Not Active" ;;
@@ -222,6 +223,7 @@ def test_gpus_by_a_stand_in_for_nvidia_smi(tmp_path: Path, monkeypatch: pytest.M
         "GPU 1: slowed down by its own hardware (hw_slowdown)": Level.failure,
         "GPU 1: slowed down by heat (hw_thermal_slowdown)": Level.failure,
         "GPU 1: 91 °C": Level.warning,
+        "GPU 1: held to 700 of 1000 W": Level.warning,
         "GPU 1: 8 of 16 PCIe lanes": Level.failure,
         "Xid 79 of PCI:0000:b9:00 in the kernel's log": Level.failure,
     }
