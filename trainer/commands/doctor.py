@@ -39,7 +39,7 @@ def main(options: Namespace) -> int:
     from trainer.doctor import instances
     from trainer.doctor.examine import Wanted, examine
     from trainer.doctor.report import writable, write
-    from trainer.doctor.table import progress, show
+    from trainer.doctor.table import Progress, show
 
     if not 1 <= options.wait <= _LONGEST_WAIT_S:
         raise ConfigError(f"doctor: --wait={options.wait:g} is not in 1 to {_LONGEST_WAIT_S:g}. Give seconds (--wait).")
@@ -53,12 +53,13 @@ def main(options: Namespace) -> int:
             writable(folder)
 
     def finish(report: Report) -> None:
+        progress.close()
         show(report.title, report.findings, report.measured.collectives)
         if folder is not None:
             write(report, folder)
 
-    with progress(Launch.from_env().rank == 0) as say:
-        failed = examine(wanted, backend, ready, finish, say)
+    with Progress(Launch.from_env().rank == 0) as progress:
+        failed = examine(wanted, backend, ready, finish, progress.say)
     return 1 if failed else 0
 
 

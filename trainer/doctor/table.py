@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from trainer.doctor.findings import Finding, Level, listed
 from trainer.metrics.text import byte_size
+
+if TYPE_CHECKING:
+    from rich.status import Status
 
 _COLOURS = {Level.ok: "green", Level.warning: "yellow", Level.failure: "bold red"}
 _SILENCE_S = 10.0
@@ -59,24 +61,38 @@ def _rates(collectives: Mapping[str, Sequence[Mapping[str, Any]]]) -> Any:
     return table
 
 
-@contextlib.contextmanager
-def progress(shown: bool) -> Iterator[Callable[[str], None]]:
-    """What is being done: on a terminal a line that changes, elsewhere one now and then."""
-    if not shown:
-        yield lambda what: None
-        return
-    from rich.console import Console
+class Progress:
+    """What is being done, on stderr: on a terminal a line that changes, elsewhere one now and then.
 
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status("doctor") as status:
-            yield lambda what: status.update(f"doctor: {what}")
-        return
-    said = [time.monotonic()]
+    Args:
+        shown: whether at all; on one rank.
+    """
 
-    def say(what: str) -> None:
-        if time.monotonic() - said[0] > _SILENCE_S:
-            said[0] = time.monotonic()
-            console.print(f"doctor: {what}", highlight=False)
+    def __init__(self, shown: bool) -> None:
+        from rich.console import Console
 
-    yield say
+        self._console = Console(stderr=True) if shown else None
+        self._said = time.monotonic()
+        self._status: Status | None = None
+
+    def __enter__(self) -> Progress:
+        if self._console is not None and self._console.is_terminal:
+            self._status = self._console.status("doctor")
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Before anything else is printed; may be called twice."""
+        if self._status is not None:
+            self._status.stop()
+
+    def say(self, what: str) -> None:
+        """Now it is this."""
+        if self._status is not None:
+            self._status.update(f"doctor: {what}")
+        elif self._console is not None and time.monotonic() - self._said > _SILENCE_S:
+            self._said = time.monotonic()
+            self._console.print(f"doctor: {what}", highlight=False)

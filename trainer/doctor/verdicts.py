@@ -89,7 +89,7 @@ def judge_links(
     Args:
         check: what was measured.
         rates: GB/s, each way.
-        latencies_us: one way, half of a round trip.
+        latencies_us: one way, half of the quickest round trip.
         names: of hosts or ranks.
         bits: say Gbit/s, as people do of networks.
         only_warn: other things than hardware may be the reason.

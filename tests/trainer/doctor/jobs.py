@@ -60,3 +60,8 @@ def findings(folder: Path) -> dict[str, dict[str, object]]:
 
     found = json.loads((folder / "doctor.json").read_text())
     return {each["check"]: each for each in found["findings"]}
+
+
+def complaints(err: str) -> list[str]:
+    """Lines on stderr, without those that say now and then on a slow machine what is being done."""
+    return [line for line in err.splitlines() if not line.startswith("doctor: ")]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.namespaces import Host, hosts, on_request
-from tests.trainer.doctor.jobs import findings
+from tests.trainer.doctor.jobs import complaints, findings
 
 pytestmark = [on_request, pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parents[3]
@@ -130,7 +130,7 @@ def test_link_cut_while_it_is_measured_ends_both_sides_with_one_line(tmp_path: P
     assert [code for code, _, _ in answers] == [1, 1], answers
     assert took < 60
     for _, _, err in answers:
-        [line] = err.splitlines()
+        [line] = complaints(err)
         assert line.startswith("TrainingError: doctor: while "), line
     assert "rank 1 (algo-2) gave no sign of life" in answers[0][2]
     assert "the ranks' store does not answer" in answers[1][2]
@@ -149,7 +149,7 @@ def test_stopped_rank_is_named(tmp_path: Path) -> None:
             started[1].communicate()
     assert started[0].returncode == 1
     assert time.monotonic() - begun < 45
-    [line] = err.splitlines()
+    [line] = complaints(err)
     assert "rank 1 (algo-2) gave no sign of life" in line
 
 
@@ -158,5 +158,5 @@ def test_rank_that_was_never_started_ends_the_others(tmp_path: Path) -> None:
         answers = end(begin(found[:1], "--wait", "2", size=2))
     [(code, _, err)] = answers
     assert code == 1
-    [line] = err.splitlines()
+    [line] = complaints(err)
     assert line.startswith("TrainingError: doctor: waiting for all ranks took more than 12 s: not all 2 ranks came to")
