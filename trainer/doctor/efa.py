@@ -3,37 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from strategies import ec2
 from trainer.doctor.check import Asked, Check, differing, text_of
 from trainer.doctor.findings import Finding, Level, listed
 from trainer.doctor.instances import instances
 
 INFINIBAND = Path("/sys/class/infiniband")
 _AMAZON = "0x1d0f"
-_OF_THE_INSTALLER = "/opt/amazon/efa/bin"
 _LOST = ("rx_drops", "unresponsive_remote_events", "impaired_remote_conn_events", "retrans_timeout_events")
 CARRIED = ("tx_bytes", "rdma_read_bytes", "rdma_write_bytes")
 
 
 class EFACheck(Check):
-    """Whether all EFA devices of the instance type are there, and libfabric offers them."""
+    """Whether all EFA devices of the instance type are there, libfabric offers them, and NCCL can load its plugin."""
 
     name = "EFA"
+    limit_s = 40.0
 
     def look(self, asked: Asked) -> dict[str, Any]:
-        return {"devices": devices(), "type": asked.instance_type, "libfabric": libfabric()}
+        found: dict[str, Any] = {"devices": devices(), "type": asked.instance_type, "libfabric": None}
+        if not found["devices"]:
+            return found
+        machine = ec2.look()
+        return {
+            **found,
+            "libfabric": machine.libfabric,
+            "offered": len(machine.devices),
+            "no_devices": machine.no_devices,
+            "plugin": None if machine.plugin_path is None else machine.plugin or "of unknown version",
+            "no_plugin": machine.no_plugin,
+            "installer": machine.installer,
+            "gpus": torch.cuda.is_available(),
+        }
 
     def judge(self, found: Any) -> list[Finding]:
         expected = instances().get(found["type"] or "")
-        have, libfabric = len(found["devices"]), found["libfabric"]
-        wanted = 0 if expected is None else expected.efa
-        said = f"libfabric {libfabric['version'] or 'is not installed'}"
+        have, wanted = len(found["devices"]), 0 if expected is None else expected.efa
         if not have:
             if not wanted:
                 return []
@@ -51,24 +62,26 @@ class EFACheck(Check):
                     "Attach all of them; in Kubernetes ask for vpc.amazonaws.com/efa",
                 )
             )
-        if libfabric["efa"] is False:
-            findings.append(
-                self.failure(
-                    f"{have} devices, and {said} offers no provider efa ({libfabric['said']})",
-                    "Install the EFA software (efa_installer.sh) in the image, and put /opt/amazon/efa/bin on PATH",
-                )
-            )
-        elif libfabric["efa"] is None:
-            findings.append(self.warning(f"{have} devices, and no fi_info to ask", "Install the EFA software"))
-        return findings or [self.ok(f"{have} devices, {said}, provider efa")]
+        if found["no_devices"]:
+            findings.append(self.failure(*_with_advice(f"{have} devices, and libfabric has none", found["no_devices"])))
+        if found["no_plugin"] and found["gpus"]:
+            findings.append(self.failure(*_with_advice("no plugin for NCCL", found["no_plugin"])))
+        plugin = f", aws-ofi-nccl {found['plugin']}" if found["plugin"] else ""
+        return findings or [self.ok(f"{have} devices, libfabric {found['libfabric']}, provider efa{plugin}")]
 
     def compare(self, hosts: Mapping[str, Any]) -> list[Finding]:
         found = []
         if text := differing({host: len(each["devices"]) for host, each in hosts.items()}):
             found.append(self.failure(f"the number of devices differs: {text}", "Attach as many to every host"))
-        if text := differing({host: each["libfabric"]["version"] for host, each in hosts.items()}):
+        if text := differing({host: each["libfabric"] for host, each in hosts.items()}):
             found.append(self.warning(f"libfabric differs: {text}", "Start all hosts from one image"))
         return found
+
+
+def _with_advice(what: str, reason: str) -> tuple[str, str]:
+    """`reason` ends with what to do."""
+    why, _, advice = reason.partition(". ")
+    return f"{what}: {why}", advice
 
 
 def devices(folder: Path = INFINIBAND) -> list[str]:
@@ -76,24 +89,6 @@ def devices(folder: Path = INFINIBAND) -> list[str]:
     if not folder.is_dir():
         return []
     return sorted(each.name for each in folder.iterdir() if text_of(each / "device" / "vendor") == _AMAZON)
-
-
-def libfabric() -> dict[str, Any]:
-    """What fi_info says: its library's version, and whether there is a provider efa (None: no fi_info)."""
-    program = shutil.which("fi_info") or shutil.which("fi_info", path=_OF_THE_INSTALLER)
-    if program is None:
-        return {"version": None, "efa": None, "said": "no fi_info"}
-    version = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=10, check=False)
-    offered = subprocess.run([program, "-p", "efa"], capture_output=True, text=True, timeout=15, check=False)
-    return read_fi_info(version.stdout, offered.returncode, offered.stdout, offered.stderr)
-
-
-def read_fi_info(version: str, code: int, out: str, err: str) -> dict[str, Any]:
-    """From what `fi_info --version` and `fi_info -p efa` print; the latter ends with 61 (ENODATA) without a device."""
-    match = re.search(r"libfabric: (\S+)", version)
-    offered = code == 0 and re.search(r"^provider: efa\b", out, re.MULTILINE) is not None
-    said = "exit code 61: no EFA device" if code == 61 else f"exit code {code}: {' '.join(err.split())[:80]}"
-    return {"version": match[1] if match else None, "efa": offered, "said": "" if offered else said}
 
 
 def counters(folder: Path = INFINIBAND, net: Path = Path("/sys/class/net")) -> dict[str, int]:

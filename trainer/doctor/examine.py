@@ -130,6 +130,9 @@ def examine(
                 patient = replace(backend, timeout_s=min(backend.timeout_s, wanted.wait_s))
                 world = _connected(patient, report, store, guard)
             if world is not None:
+                report.findings += [
+                    Finding(check="backend", level=Level.ok, what=note.rstrip(".")) for note in world.notes
+                ]
                 _between(report, world, wanted, guard, say)
         with guard.step("writing the report", 2 * wanted.wait_s):
             if world is not None and world.device.type == "cuda":
@@ -245,7 +248,8 @@ def _connected(backend: Backend, report: Report, store: dist.Store, guard: Guard
         if found.device.type == "cuda":
             torch.cuda.set_device(found.device)  # it counts for the thread that says so
         return found
-    if found is not None and (isinstance(found, ConfigError) or not is_broken_connection(found)):
+    # A library that doesn't start is a TrainingError.
+    if isinstance(found, ConfigError) or not (found is None or _is_lost(found) or isinstance(found, TrainingError)):
         raise found
     why = "no answer" if found is None else _first_line(found)
     why = store.compare_set("unconnected", "", why).decode()  # the first one knows best
@@ -294,10 +298,14 @@ def _losses_named(guard: Guard) -> Iterator[None]:
     except (ConfigError, TrainingError):
         raise
     except Exception as error:
-        if not is_broken_connection(error):
+        if not _is_lost(error):
             raise
         who = guard.lost() or _first_line(error)
         raise TrainingError(f"doctor: while {guard.at}: {who}.") from error
+
+
+def _is_lost(error: Exception) -> bool:
+    return is_broken_connection(error) or "timed out" in str(error).lower()
 
 
 def _first_line(error: Exception) -> str:

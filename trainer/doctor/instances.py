@@ -5,14 +5,13 @@ from __future__ import annotations
 import csv
 import functools
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from strategies import ec2
 from strategies.errors import ConfigError, nearest
 from trainer.doctor.check import text_of
 
-_DMI = Path("/sys/devices/virtual/dmi/id")
 _SAGEMAKER = Path("/opt/ml/input/config/resourceconfig.json")
 
 
@@ -68,11 +67,11 @@ def given(name: str) -> str:
 
 def detected() -> str | None:
     """This machine's, as far as SageMaker's variable or file or the firmware's tables say so."""
-    if said := os.environ.get("SM_CURRENT_INSTANCE_TYPE"):
-        return said.removeprefix("ml.")
+    if said := ec2.instance_type():
+        return said
     if written := text_of(_SAGEMAKER):
         try:
             return str(json.loads(written)["current_instance_type"]).removeprefix("ml.")
         except (ValueError, KeyError, TypeError):
-            pass
-    return text_of(_DMI / "product_name") if text_of(_DMI / "sys_vendor") == "Amazon EC2" else None
+            return None
+    return None

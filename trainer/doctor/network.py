@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from strategies.interfaces import choose
 from trainer.doctor.check import Asked, Check, differing, text_of
 from trainer.doctor.findings import Finding, listed
 
@@ -76,6 +77,7 @@ class InterfacesCheck(Check):
     def look(self, asked: Asked) -> dict[str, Any]:
         import psutil
 
+        chosen = None if asked.interface is None else choose(asked.interface)
         states = psutil.net_if_stats()
         interfaces = {
             name: {
@@ -89,8 +91,8 @@ class InterfacesCheck(Check):
         }
         return {
             "interfaces": interfaces,
-            "gloo": asked.interface or os.environ.get("GLOO_SOCKET_IFNAME"),
-            "nccl": asked.interface or os.environ.get("NCCL_SOCKET_IFNAME"),
+            "gloo": chosen.for_gloo() if chosen else os.environ.get("GLOO_SOCKET_IFNAME"),
+            "nccl": chosen.for_nccl() if chosen else os.environ.get("NCCL_SOCKET_IFNAME"),
             "named": _addresses(socket.gethostname()),
             "route": None if asked.meeting is None else route(*asked.meeting),
             "hosts": len(asked.hosts),

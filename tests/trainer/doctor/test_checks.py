@@ -13,7 +13,7 @@ import pytest
 from strategies.errors import ConfigError
 from trainer.doctor.check import Asked
 from trainer.doctor.disk import DiskCheck
-from trainer.doctor.efa import EFACheck, counters, devices, differences, judge_counters, libfabric, read_fi_info
+from trainer.doctor.efa import EFACheck, counters, devices, differences, judge_counters
 from trainer.doctor.findings import Level
 from trainer.doctor.gpus import GPUsCheck, troubles, xids
 from trainer.doctor.host import LimitsCheck, MemoryCheck, SharedMemoryCheck, VersionsCheck
@@ -302,57 +302,50 @@ def test_judge_counters_says_whether_data_went_through_efa() -> None:
     assert judge_counters({"a": {}, "b": {}}, must_carry=False) == []
 
 
-OFFERED = "provider: efa\n    fabric: efa\n    domain: rdmap0s0-rdm\n    version: 122.0\n    type: FI_EP_RDM\n"
+GOOD = {
+    "libfabric": "1.22", "offered": 1, "no_devices": "", "plugin": "1.16.3", "no_plugin": "", "installer": "1.43",
+    "gpus": True,
+}  # fmt: skip
+NO_DEVICES = "fi_info -p efa finds no EFA device (exit code 61, libfabric 1.17.0). Take an instance type with EFA"
+NO_PLUGIN = "NCCL's plugin for libfabric can't be loaded: libnccl-net.so. Install aws-ofi-nccl"
 
 
 @pytest.mark.parametrize(
-    ("answer", "offered", "said"),
+    ("number", "kind", "change", "levels", "word"),
     [
-        ((0, OFFERED, ""), True, ""),
-        ((61, "", "fi_getinfo: -61"), False, "exit code 61: no EFA device"),
-        ((0, "provider: tcp\n", ""), False, "exit code 0: "),
-        ((1, "", "broken"), False, "exit code 1: broken"),
-    ],
-)
-def test_read_fi_info(answer: tuple[int, str, str], offered: bool, said: str) -> None:
-    found = read_fi_info("fi_info: 1.22.0amzn1.0\nlibfabric: 1.22.0amzn1.0\nlibfabric api: 1.22\n", *answer)
-    assert found == {"version": "1.22.0amzn1.0", "efa": offered, "said": said}
-
-
-def test_libfabric_by_a_stand_in_as_debians(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = 'if [ "$1" = --version ]; then echo "libfabric: 1.17.0"; else echo "fi_getinfo: -61" >&2; exit 61; fi'
-    stand_in(tmp_path, "fi_info", script, monkeypatch)
-    assert libfabric() == {"version": "1.17.0", "efa": False, "said": "exit code 61: no EFA device"}
-    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    assert libfabric()["efa"] is None
-
-
-GOOD = {"version": "1.22", "efa": True, "said": ""}
-
-
-@pytest.mark.parametrize(
-    ("number", "kind", "fabric", "levels", "word"),
-    [
-        (32, "p5.48xlarge", GOOD, [Level.ok], "32 devices, libfabric 1.22, provider efa"),
-        (31, "p5.48xlarge", GOOD, [Level.warning], "31 of the 32"),
-        (0, "p5.48xlarge", GOOD, [Level.failure], "none, and p5.48xlarge can have 32"),
-        (0, None, GOOD, [], ""),
-        (0, "g5.xlarge", GOOD, [], ""),
-        (4, None, {"version": "1.17.0", "efa": False, "said": "exit code 61"}, [Level.failure], "offers no provider"),
-        (4, None, {"version": None, "efa": None, "said": ""}, [Level.warning], "no fi_info"),
+        (32, "p5.48xlarge", {}, [Level.ok], "32 devices, libfabric 1.22, provider efa, aws-ofi-nccl 1.16.3"),
+        (31, "p5.48xlarge", {}, [Level.warning], "31 of the 32"),
+        (0, "p5.48xlarge", {}, [Level.failure], "none, and p5.48xlarge can have 32"),
+        (0, None, {}, [], ""),
+        (0, "g5.xlarge", {}, [], ""),
+        (4, None, {"no_devices": NO_DEVICES}, [Level.failure], "libfabric has none: fi_info -p efa finds no EFA"),
+        (4, None, {"no_plugin": NO_PLUGIN}, [Level.failure], "no plugin for NCCL: NCCL's plugin for"),
+        (4, None, {"no_plugin": NO_PLUGIN, "gpus": False, "plugin": None}, [Level.ok], "provider efa"),
     ],
 )
 def test_efa_against_the_instance_type(
-    number: int, kind: str | None, fabric: dict[str, Any], levels: list[Level], word: str
+    number: int, kind: str | None, change: dict[str, Any], levels: list[Level], word: str
 ) -> None:
-    found = {"devices": [f"rdmap{each}s0" for each in range(number)], "type": kind, "libfabric": fabric}
+    found = {"devices": [f"rdmap{each}s0" for each in range(number)], "type": kind, **GOOD, **change}
     findings = EFACheck().judge(found)
     assert [finding.level for finding in findings] == levels
     assert all(word in finding.what for finding in findings)
 
 
+def test_efa_asks_debians_fi_info_where_the_kernel_has_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'if [ "$1" = --version ]; then echo "libfabric: 1.17.0"; else echo "fi_getinfo: -61" >&2; exit 61; fi'
+    stand_in(tmp_path / "bin", "fi_info", script, monkeypatch)
+    monkeypatch.setattr("trainer.doctor.efa.devices", lambda: ["rdmap0s0"])
+    found = EFACheck().look(ASKED)
+    finding, *_ = EFACheck().judge(found)
+    assert (found["libfabric"], finding.level) == ("1.17.0", Level.failure)
+    assert "exit code 61" in finding.what
+    monkeypatch.setattr("trainer.doctor.efa.devices", list)
+    assert EFACheck().judge(EFACheck().look(ASKED)) == []
+
+
 def test_efa_that_differs_between_hosts() -> None:
-    full, half = ({"devices": ["x"] * number, "type": None, "libfabric": GOOD} for number in (4, 2))
+    full, half = ({"devices": ["x"] * number, "type": None, **GOOD} for number in (4, 2))
     [finding] = EFACheck().compare({"a": full, "b": half, "c": full})
     assert (finding.level, finding.what) == (Level.failure, "the number of devices differs: 2 on b; 4 on a, c")
 
@@ -446,14 +439,12 @@ def test_given_instance_type() -> None:
 
 
 def test_detected_instance_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SM_CURRENT_INSTANCE_TYPE", raising=False)
+    monkeypatch.setattr("strategies.ec2.instance_type", lambda: None)
     monkeypatch.setattr("trainer.doctor.instances._SAGEMAKER", tmp_path / "resourceconfig.json")
-    monkeypatch.setattr("trainer.doctor.instances._DMI", tmp_path)
     assert detected() is None
-    (tmp_path / "sys_vendor").write_text("Amazon EC2\n")
-    (tmp_path / "product_name").write_text("p4d.24xlarge\n")
-    assert detected() == "p4d.24xlarge"
     (tmp_path / "resourceconfig.json").write_text('{"current_instance_type": "ml.g5.xlarge"}')
     assert detected() == "g5.xlarge"
-    monkeypatch.setenv("SM_CURRENT_INSTANCE_TYPE", "ml.p5.48xlarge")
+    (tmp_path / "resourceconfig.json").write_text("{")
+    assert detected() is None
+    monkeypatch.setattr("strategies.ec2.instance_type", lambda: "p5.48xlarge")
     assert detected() == "p5.48xlarge"
