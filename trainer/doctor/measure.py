@@ -32,7 +32,7 @@ from trainer.doctor.pairs import (
     slow_ranks_again,
 )
 from trainer.doctor.speed import judge_speed, measure_speed
-from trainer.doctor.verdicts import judge_expected, judge_links
+from trainer.doctor.verdicts import find_slow, judge_expected, judge_links
 
 _CPU_MOST = 2**27
 
@@ -133,6 +133,10 @@ def measure(world: World, layout: Layout, pace: Pace, guard: Guard, say: Callabl
     return found
 
 
+def _hosts(layout: Layout, pair: tuple[int, int]) -> list[int]:
+    return [layout.host_of[rank] for rank in pair]
+
+
 def judge_measured(found: Measured, layout: Layout, world: World, instance: Instance | None) -> list[Finding]:
     """What is to be thought of it."""
     on_gpu, hosts = world.device.type == "cuda", len(layout.names)
@@ -148,6 +152,13 @@ def judge_measured(found: Measured, layout: Layout, world: World, instance: Inst
     )
     rates, late = found.between.between(layout)
     findings += judge_links("between hosts", rates, late, layout.names, bits=True, only_warn=False)
+    if on_gpu and len(ranks) > hosts:
+        # Of GPUs, each has a network card to itself or shares it with few; a slow host is named already.
+        named = find_slow(rates) if rates else None
+        lame = set() if named is None else {*named.senders, *named.receivers}
+        rails = {pair: rate for pair, rate in found.between.gb_per_s.items() if not {*_hosts(layout, pair)} & lame}
+        late = {pair: found.between.us[pair] for pair in rails}
+        findings += judge_links("ranks of two hosts", rails, late, ranks, bits=True, only_warn=False)
     if whole and instance is not None:
         findings += judge_expected(rates, layout.names, instance.network_gbps, instance.type)
     if found.inside.left_out or found.between.left_out:

@@ -37,7 +37,9 @@ def show(title: str, findings: Sequence[Finding], collectives: Mapping[str, Sequ
     if any(collectives.values()):
         console.print(_rates(collectives))
     counts = {level: sum(finding.level is level for finding in findings) for level in Level}
-    console.print(f"{counts[Level.failure]} failed, {counts[Level.warning]} to look at, {counts[Level.ok]} well")
+    console.print(
+        f"{counts[Level.failure]} failed, {counts[Level.warning]} to look at, {counts[Level.ok]} well", highlight=False
+    )
 
 
 def _named(finding: Finding) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from trainer.doctor.collectives import _predicted_s, expected_gb_per_s, judge_co
 from trainer.doctor.findings import Finding, Level, listed, together, worst
 from trainer.doctor.hosts import Layout, arranged
 from trainer.doctor.instances import instances
+from trainer.doctor.measure import Measured, judge_measured
+from trainer.doctor.pairs import Links
 from trainer.doctor.speed import judge_speed
 
 torch = pytest.importorskip("torch")
@@ -163,3 +166,25 @@ def test_expected_rate_of_collectives_and_its_verdict() -> None:
         [found] = judge_collectives({"all_reduce": [{"bytes": 1, "bus_gb_per_s": rate}]}, 50.0, p4d)
         assert (found.check, found.level) == ("all-reduce", level)
     assert judge_collectives({"all_reduce": [{"bytes": 1, "bus_gb_per_s": 0.1}]}, None, None)[0].level is Level.ok
+
+
+GPUS = Layout(names=("a", "b", "c"), called=("a", "b", "c"), host_of=(0, 0, 1, 1, 2, 2))
+
+
+def between(slow: set[int]) -> Measured:
+    """Three hosts of two GPUs; what these ranks send takes ten times as long."""
+    pairs = [(a, b) for a in range(6) for b in range(6) if a // 2 != b // 2 and a % 2 == b % 2]
+    links = Links(gb_per_s={pair: 2.5 if pair[0] in slow else 25.0 for pair in pairs}, us=dict.fromkeys(pairs, 20.0))
+    return Measured(flops=[1e12] * 6, between=links)
+
+
+@pytest.mark.parametrize(
+    ("slow", "where"),
+    [(set(), {}), ({3}, {"ranks of two hosts": ("rank 3 (b)",)}), ({2, 3}, {"between hosts": ("b",)})],
+)
+def test_judge_measured_names_the_slow_card_or_the_slow_host(slow: set[int], where: dict[str, tuple[str, ...]]) -> None:
+    world: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trainer.doctor.speed.peak_flops", lambda device, numbers: None)
+        found = judge_measured(between(slow), GPUS, world, instances()["p4d.24xlarge"])
+    assert {each.check: each.where for each in found if each.level is not Level.ok} == where

@@ -21,13 +21,15 @@ ROOT = Path(__file__).resolve().parents[3]
 Answers = list[tuple[int, str, str]]
 
 
-def begin(at: Sequence[Host], *words: str, size: int | None = None) -> list[subprocess.Popen[str]]:
-    """`scripts/doctor.py` with one rank on each host, started by hand."""
+def begin(
+    at: Sequence[Host], *words: str, size: int | None = None, script: str = "doctor.py"
+) -> list[subprocess.Popen[str]]:
+    """A script with one rank on each host, started by hand."""
     kept = {name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name}
     meeting = {"WORLD_SIZE": str(size or len(at)), "MASTER_ADDR": at[0].address, "MASTER_PORT": "29511"}
     return [
         subprocess.Popen(
-            host.words(sys.executable, str(ROOT / "scripts" / "doctor.py"), *words),
+            host.words(sys.executable, str(ROOT / "scripts" / script), *words),
             env={**kept, **meeting, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -160,3 +162,17 @@ def test_rank_that_was_never_started_ends_the_others(tmp_path: Path) -> None:
     assert code == 1
     [line] = complaints(err)
     assert line.startswith("TrainingError: doctor: waiting for all ranks took more than 12 s: not all 2 ranks came to")
+
+
+def test_run_that_begins_with_the_doctor_ends_before_its_model_where_a_link_is_slow(tmp_path: Path) -> None:
+    words = [
+        "doctor=quick", "trainer.max_steps=1", f"run.dir={tmp_path / 'run'}", "logger=[]", "hooks=[]",
+        "trainer.eval_every=null", "data.length=16", "trainer.global_batch=2",
+    ]  # fmt: skip
+    with hosts(2, rate="1gbit") as found:
+        found[0].shape("100mbit")
+        answers = end(begin(found, *words, script="train.py"))
+    assert [code for code, _, _ in answers] == [1, 1], answers
+    [line] = [line for _, _, err in answers for line in complaints(err)]
+    assert line.startswith("TrainingError: doctor: between hosts on algo-1: algo-1 is slow at sending:")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
