@@ -18,6 +18,7 @@ from strategies.elastic import Elastic, RanksChanged
 from strategies.errors import ConfigError, TrainingError
 from strategies.precision import Numbers, Precision
 from trainer.config import each_of, made, resolved
+from trainer.doctor.before import examine_first
 from trainer.first_import import first_import_of
 from trainer.host_memory import keep_freed_memory
 from trainer.job import Job
@@ -54,6 +55,8 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
         try:
             with world.together(), folder.writing():
                 set_up_logs(folder.path, world.rank)
+            if config.doctor is not None:
+                examine_first(world, folder.path, Path(config.cache))
             job = Job(
                 strategy=strategy,
                 world=world,

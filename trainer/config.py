@@ -28,6 +28,7 @@ from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
 from trainer import checkpoint, data, hooks, launch, metrics, models, optim, schedule
 from trainer.complaints import CONF, SEVERAL, explained, options
+from trainer.doctor import Doctor
 from trainer.launch import Launcher
 from trainer.place import Run
 from trainer.trainer import Trainer
@@ -63,6 +64,8 @@ class Config:
     """Only operations that give the same bits every time; slower, and refused where torch has none."""
     cache: str = "~/.cache/shardwright"
     """Folder for tokenised data, shared between runs."""
+    doctor: Doctor | None = None
+    """`quick`: before the model is built, look at every host and link for a few seconds, and end where one is bad."""
 
 
 @dataclass(kw_only=True)

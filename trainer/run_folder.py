@@ -155,7 +155,7 @@ def describe_environment(world: World) -> dict[str, Any]:
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": sys.version.split()[0],
-        "packages": {name: found for name in _PACKAGES if (found := _version(name))},
+        "packages": package_versions(),
         "platform": platform.platform(),
         "host": platform.node(),
         "cpus": os.cpu_count(),
@@ -165,6 +165,11 @@ def describe_environment(world: World) -> dict[str, Any]:
         "command": redacted_words(sys.argv),
         "git": git_commit(),
     }
+
+
+def package_versions() -> dict[str, str]:
+    """Of those that decide what a run does, where they are installed."""
+    return {name: found for name in _PACKAGES if (found := _version(name))}
 
 
 def _version(package: str) -> str | None:

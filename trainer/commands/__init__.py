@@ -76,7 +76,9 @@ COMMANDS = {
     "container": Command("trainer.commands.container", "be the entry point of a SageMaker training job's container"),
     "node": Command("trainer.commands.node", "start a job's processes on this machine, one of several of the job"),
     "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
-    "doctor": Command("trainer.commands.doctor", "show what this machine has, and measure an all-reduce"),
+    "doctor": Command(
+        "trainer.commands.doctor", "look at every host and link of a job, and name what is slow or wrong"
+    ),
     "export": Command("trainer.commands.export", "turn a checkpoint into a transformers folder"),
     "generate": Command("trainer.commands.generate", "continue prompts with what a run has learned so far"),
     "import-checkpoint": Command(

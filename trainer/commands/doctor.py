@@ -1,117 +1,76 @@
-"""What this machine has, and whether its ranks can talk; alone or under torchrun."""
+"""What every host of a job has, how fast its ranks can talk, and what is wrong; alone or under any launcher."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import statistics
-import time
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.commands import Parser
 
 if TYPE_CHECKING:
-    from strategies.world import World
+    from strategies.backends import Backend
+    from trainer.doctor.examine import Report
 
-_SIZES = (2**10, 2**20, 2**24)
+_LONGEST_WAIT_S = 24 * 3600.0
 
 
 def parser() -> Parser:
     """`shardwright doctor`'s own options."""
     found = Parser(
         "doctor",
-        "Show versions, devices, memory and disk, and measure an all-reduce between the ranks. "
-        "For several processes: torchrun --standalone --nproc-per-node 2 scripts/doctor.py",
+        "Look at this machine, and with several ranks at every host and what lies between them: versions, GPUs, EFA, "
+        "disks, limits, clocks, then collectives and every pair of hosts. Names what is slow or wrong, and ends with 1 "
+        "where something failed. For several processes start it as the job will be: "
+        "torchrun --nproc-per-node 8 ... scripts/doctor.py, srun, mpirun.",
     )
-    found.add_argument("--json", type=Path, metavar="FOLDER", help="write doctor.json there")
+    found.add_argument("--quick", action="store_true", help="seconds instead of minutes: fewer sizes and fewer pairs")
+    found.add_argument("--json", type=Path, metavar="FOLDER", help="write doctor.json and doctor.png there")
+    found.add_argument("--instance-type", metavar="TYPE", help="what to hold the hosts against; default: as they say")
+    found.add_argument("--wait", type=float, default=60.0, metavar="S", help="for ranks that are missing; default: 60")
+    found.add_argument("keys", nargs="*", metavar="key=value", help="as for train; read are backend, run and cache")
     return found
 
 
 def main(options: Namespace) -> int:
-    """Print a table, and write `doctor.json` where asked."""
-    import torch.distributed as dist
-
-    from strategies.backends import AutoBackend, connect_ranks
-
-    world = connect_ranks(AutoBackend())
-    try:
-        found = examine(world)
-        with world.together():
-            if world.rank == 0:
-                _show(found)
-                _write(found, options.json)
-    finally:
-        dist.destroy_process_group()
-    return 0
-
-
-def _write(found: dict[str, Any], folder: Path | None) -> None:
+    """Print a table, and write `doctor.json` and a picture where asked; 1 where something failed."""
     from strategies.errors import ConfigError
+    from strategies.world import Launch
+    from trainer.doctor import instances
+    from trainer.doctor.examine import Wanted, examine
+    from trainer.doctor.report import writable, write
+    from trainer.doctor.table import Progress, show
 
-    if folder is None:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "doctor.json").write_text(json.dumps(found, indent=1))
-    except OSError as error:
-        raise ConfigError(f"doctor: {folder} can't be written: {error.strerror}. Choose another (--json).") from error
+    if not 1 <= options.wait <= _LONGEST_WAIT_S:
+        raise ConfigError(f"doctor: --wait={options.wait:g} is not in 1 to {_LONGEST_WAIT_S:g}. Give seconds (--wait).")
+    kind = None if options.instance_type is None else instances.given(options.instance_type)
+    backend, folders = _chosen(options.keys)
+    wanted = Wanted(quick=options.quick, folders=folders, instance_type=kind, wait_s=options.wait)
+    folder: Path | None = options.json
 
+    def ready() -> None:
+        if folder is not None:
+            writable(folder)
 
-def examine(world: World) -> dict[str, Any]:
-    """Everything that is shown, as JSON values; collective."""
-    import psutil
-    import torch
+    def finish(report: Report) -> None:
+        progress.close()
+        show(report.title, report.findings, report.measured.collectives)
+        if folder is not None:
+            write(report, folder)
 
-    from trainer.run_folder import describe_environment
-
-    memory = psutil.virtual_memory()
-    disk = shutil.disk_usage(Path.cwd())
-    return {
-        **describe_environment(world),
-        "threads": torch.get_num_threads(),
-        "memory_gib": round(memory.total / 2**30, 1),
-        "memory_free_gib": round(memory.available / 2**30, 1),
-        "disk_free_gib": round(disk.free / 2**30, 1),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "hosts": sorted({str(host) for host in world.gather(os.uname().nodename)}),
-        "all_reduce": [_all_reduce(world, size) for size in _SIZES],
-    }
+    with Progress(Launch.from_env().rank == 0) as progress:
+        failed = examine(wanted, backend, ready, finish, progress.say)
+    return 1 if failed else 0
 
 
-def _all_reduce(world: World, size: int) -> dict[str, float]:
-    """Median of nine, after two to warm up. Bus bandwidth as in NCCL's tests: 2 (n - 1) / n bytes per byte."""
-    import torch
-    import torch.distributed as dist
+def _chosen(keys: list[str]) -> tuple[Backend, tuple[Path, ...]]:
+    """The backend of the job, and the folders that it would write."""
+    from strategies.backends import AutoBackend
 
-    tensor = torch.ones(size // 4, device=world.device)
-    times = []
-    for turn in range(11):
-        world.barrier()
-        begin = time.perf_counter()
-        dist.all_reduce(tensor)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        if turn >= 2:
-            times.append(time.perf_counter() - begin)
-    took = statistics.median(times)
-    return {"bytes": size, "ms": 1e3 * took, "bus_gb_per_s": 2 * (world.size - 1) / world.size * size / took / 1e9}
+    if not keys:
+        return AutoBackend(), (Path.cwd(),)
+    from trainer.config import compose, made
+    from trainer.place import at_home
 
-
-def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="This machine", show_header=False)
-    for key, value in found.items():
-        if key in ("packages", "all_reduce", "command"):
-            continue
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(key.replace("_", " "), text or "none")
-    for name, version in found["packages"].items():
-        table.add_row(name, version)
-    for line in found["all_reduce"]:
-        table.add_row(f"all-reduce {line['bytes']:,} bytes", f"{line['ms']:.3f} ms, {line['bus_gb_per_s']:.2f} GB/s")
-    Console().print(table)
+    config = compose(keys)
+    return made(config.backend), (at_home(config.run.dir or "runs"), at_home(config.cache))

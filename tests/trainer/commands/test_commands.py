@@ -1,4 +1,4 @@
-"""`plan`, `doctor`, `report` and the help of `train`."""
+"""`plan`, `report` and the help of `train`."""
 
 from __future__ import annotations
 
@@ -46,28 +46,6 @@ def test_plan_knows_the_optimizer_the_adapters_and_the_choice(
     assert "single" not in found
     adapters = plan(capsys, tmp_path, "model.lora.rank=2", "strategy=single")["single"]
     assert 0 < adapters["gradients"] < adapters["weights"] / 10
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_doctor_measures_between_the_ranks(workers: Workers, tmp_path: Path, size: int) -> None:
-    answers = workers.run(command, size, ["doctor", "--json", str(tmp_path / "found")])
-    assert [(code, err) for code, _, err in answers] == [(0, "")] * size
-    assert "This machine" in answers[0][1]
-    assert all(out == "" for _, out, _ in answers[1:])
-    found = json.loads((tmp_path / "found" / "doctor.json").read_text())
-    assert found["world_size"] == size
-    assert len(found["all_reduce"]) == 3
-    for line in found["all_reduce"]:
-        assert line["ms"] > 0
-        assert (line["bus_gb_per_s"] > 0) == (size > 1)
-
-
-def test_doctor_folder_that_cannot_be_written_is_one_line(workers: Workers, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    answers = workers.run(command, 2, ["doctor", "--json", str(tmp_path / "file")])
-    assert [code for code, _, _ in answers] == [2, 2]
-    [line] = "".join(err for _, _, err in answers).splitlines()
-    assert "--json" in line
 
 
 def test_report_finished_going_on_killed_and_torn(workers: Workers, tmp_path: Path) -> None:
