@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,15 +75,13 @@ def main(options: Namespace) -> int:
 def _thresholds(words: Sequence[str]) -> dict[str, float]:
     from strategies.errors import ConfigError
 
-    found = {}
+    found: dict[str, float] = {}
     for word in words:
         name, _, number = word.partition("=")
-        try:
+        with contextlib.suppress(ValueError):
             found[name] = float(number)
-        except ValueError as error:
-            raise ConfigError(
-                f"monitoring: --threshold {word} is no ALERT=NUMBER. Write RunStalled=600 (--threshold)."
-            ) from error
+        if not math.isfinite(found.get(name, math.nan)):
+            raise ConfigError(f"monitoring: --threshold {word} is no ALERT=NUMBER. Write RunStalled=600 (--threshold).")
     return found
 
 

@@ -74,7 +74,7 @@ ROWS = (
             ),
             _stat(
                 "Ranks that don't answer",
-                f"max by (run) (shardwright_world_size{RUN}) - count by (run) (shardwright_step{RUN})",
+                f"max by (run) (shardwright_world_size{RUN}) - count by (run) (shardwright_world_size{RUN})",
                 bad_above=1,
             ),
             _stat(

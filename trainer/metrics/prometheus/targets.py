@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -80,4 +81,5 @@ class TargetFile:
     def remove(self) -> None:
         """Nothing is to be scraped any more, and nobody to be told that it doesn't answer."""
         if self.addresses:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it isn't there, or its folder is gone
+                self.path.unlink()
