@@ -3,17 +3,31 @@ real server scrapes a real run of two processes, which is then stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
+import time
+import urllib.parse
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
+from tests.test_cli import launch, num_lines, started, wait_for
+from tests.trainer.commands.jobs import ROOT
+from tests.trainer.jobs import TINY
+from trainer.cli import main
 from trainer.metrics.prometheus.alerts import alert_rules
+from trainer.metrics.prometheus.dashboard import dashboard
 
 needed = [name for name in ("prometheus", "promtool") if shutil.which(name) is None]
 pytestmark = [
@@ -141,3 +155,165 @@ def _labels(alert: str) -> str:
     """`RankGone rank 1` -> the labels by which it is counted."""
     name, _, rank = alert.partition(" rank ")
     return f'{{alertname="Shardwright{name}"{f", rank={json.dumps(rank)}" if rank else ""}}}'
+
+
+# A real server and a real run.
+
+SCRIPT = """
+import sys, time
+sys.path[:0] = [{root!r}]
+from dataclasses import dataclass
+import trainer.observer
+from trainer import register, run
+from trainer.hooks.base import Hook
+
+trainer.observer.peak_flops = lambda *_: 1e12  # a CPU's is published nowhere, and the panel of the MFU needs one
+
+@register("hooks", "unhurried")
+@dataclass(kw_only=True)
+class Unhurried(Hook):
+    def on_log(self, moment):
+        time.sleep(0.1)
+
+run()
+"""
+STALLED_S = 8
+
+
+class Server:
+    """A Prometheus of the test's own, with everything that is done every second."""
+
+    def __init__(self, folder: Path) -> None:
+        config = yaml.safe_load((folder / "prometheus.yml").read_text())
+        config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        config["scrape_configs"][0]["file_sd_configs"][0]["refresh_interval"] = "1s"
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        with (folder / "prometheus.log").open("w") as log:
+            self.process = subprocess.Popen(
+                ["prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
+                 f"--web.listen-address=127.0.0.1:{self.port}"],
+                stdout=log, stderr=log,
+            )  # fmt: skip
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+    def ask(self, expression: str) -> list[dict[str, Any]]:
+        """The samples that an expression gives now: labels and value."""
+        address = f"http://127.0.0.1:{self.port}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            found = json.load(answer)
+        assert found["status"] == "success", found
+        return [{**each["metric"], "value": float(each["value"][1])} for each in found["data"]["result"]]
+
+    def firing(self) -> set[str]:
+        """Alerts, with the rank where they name one."""
+        return {
+            each["alertname"].removeprefix("Shardwright") + (f" rank {each['rank']}" if "rank" in each else "")
+            for each in self.ask('ALERTS{alertstate="firing"}')
+        }
+
+    def until(self, condition: Callable[[], bool], seconds: float = 60) -> float:
+        """Wait for it; the seconds that it took."""
+        begin = time.monotonic()
+        while True:
+            with contextlib.suppress(OSError):  # it still starts
+                if condition():
+                    return time.monotonic() - begin
+            assert time.monotonic() - begin < seconds, self.firing()
+            time.sleep(0.2)
+
+
+def expressions() -> dict[str, str]:
+    """Every expression of the dashboard and of the rules, the alerts' without what makes an alert of them."""
+    found = {}
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", []):
+            text = target["expr"].replace("$__rate_interval", "10s").replace("$run", ".+").replace("$rank", ".+")
+            found[f"{panel['title']} {target['refId']}"] = text
+    for rule in yaml.safe_load(alert_rules())["groups"][0]["rules"]:
+        found[rule.get("alert", rule.get("record"))] = re.split(r"\n(?=[<>=!]+ )", rule["expr"])[0]
+    return found
+
+
+@pytest.mark.timeout(400)
+def test_prometheus_watches_a_run_that_is_stopped_and_goes_on(tmp_path: Path) -> None:
+    folder, run = tmp_path / "watch", tmp_path / "run"
+    with pytest.raises(SystemExit) as end:
+        main(["monitoring", str(folder), "--threshold", f"RunStalled={STALLED_S}"])
+    assert end.value.code == 0
+    (tmp_path / "mine.py").write_text(SCRIPT.format(root=str(ROOT)))
+    words = launch(*TINY, "trainer.max_steps=1000000", "trainer.eval_every=10", "checkpoint.every=10",
+                   "hooks=[unhurried]", "logger=[prometheus]", "logger.prometheus.port=0",
+                   f"logger.prometheus.targets={folder}/targets", "run.dir=run")  # fmt: skip
+    words[2:2] = ["--script", "mine.py"]
+    with Server(folder) as server, started(*words, folder=tmp_path) as process:
+        print(f"scraped after {server.until(lambda: len(server.ask('up == 1')) == 2, 90):.1f} s")
+        listening = [each.laddr.ip for each in psutil.Process(server.process.pid).net_connections() if not each.raddr]
+        assert set(listening) == {"127.0.0.1"}
+        wait_for(lambda: num_lines(run) > 12, process)
+        server.until(lambda: len(server.ask("shardwright_checkpoints_total > 0")) == 2)
+        missing: dict[str, str] = {}
+
+        def all_have_data() -> bool:
+            missing.clear()
+            missing.update({name: text for name, text in expressions().items() if not server.ask(text)})
+            return not missing
+
+        try:
+            print(f"{len(expressions())} expressions have data after {server.until(all_have_data, 45):.1f} s")
+        except AssertionError as error:
+            raise AssertionError(f"no data: {missing}") from error
+        assert server.firing() == set()
+        [slowest] = server.ask("max(max_over_time(scrape_duration_seconds[1m]))")
+        print(f"slowest scrape: {1e3 * slowest['value']:.1f} ms")
+        assert slowest["value"] < 1
+
+        ranks = {int(each.environ()["RANK"]): each for each in psutil.Process(process.pid).children(recursive=True)
+                 if "RANK" in each.environ() and "mine.py" in " ".join(each.cmdline())}  # fmt: skip
+        assert sorted(ranks) == [0, 1]
+        try:
+            ranks[1].suspend()
+            took = server.until(lambda: "RunStalled" in server.firing())
+            print(f"one rank stopped: RunStalled after {took:.1f} s")
+            assert took > STALLED_S - 2
+            assert [each["value"] for each in server.ask('up * on (instance) shardwright_step{rank="0"} > bool 0')] == [
+                1
+            ]
+            ranks[1].resume()
+            print(f"going on: resolved after {server.until(lambda: not server.firing()):.1f} s")
+
+            for each in ranks.values():
+                each.suspend()
+            took = server.until(lambda: "RunStalled" in server.firing())
+            print(f"all ranks stopped: RunStalled after {took:.1f} s")
+            assert server.ask("up == 1") == []
+            everything = {"RunStalled", "RankGone rank 0", "RankGone rank 1"}
+            took += server.until(lambda: server.firing() == everything, 90)
+            print(f"all ranks stopped: both RankGone after {took:.1f} s")
+        finally:
+            for each in ranks.values():
+                each.resume()
+        print(f"going on: resolved after {server.until(lambda: not server.firing()):.1f} s")
+        before = num_lines(run)
+        wait_for(lambda: num_lines(run) > before + 5, process)
+
+        ranks[1].kill()
+        assert process.wait(60) != 0
+        took = server.until(lambda: server.firing() >= {"RankGone rank 0", "RankGone rank 1"}, 90)
+        print(f"one rank killed, the run ended: RankGone after {took:.1f} s")
+        assert (folder / "targets" / "run.json").exists()
+    with Server(folder) as server, started(*words, folder=tmp_path) as process:
+        print(f"started again: resolved after {server.until(lambda: len(server.ask('up == 1')) == 2, 90):.1f} s")
+        wait_for(lambda: (folder / "targets" / "run.json").exists(), process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 75
+        server.until(lambda: not server.ask("up"))
+        time.sleep(STALLED_S + 3)
+        assert server.firing() == set()
