@@ -197,6 +197,13 @@ def joined(folder: Path, *, ends: bool = True, **settings: Any) -> Iterator[Prom
         logger.close()
 
 
+def test_endpoint_listens_on_this_machine_alone_unless_told(tmp_path: Path) -> None:
+    for settings, host in (({}, "127.0.0.1"), ({"host": "localhost"}, "127.0.0.1"), ({"host": "0.0.0.0"}, "0.0.0.0")):
+        with joined(tmp_path, **settings) as logger:
+            assert logger._serving is not None
+            assert logger._serving[0].socket.getsockname()[0] == host
+
+
 def test_counters_begin_with_the_process_and_gauges_with_the_run(tmp_path: Path) -> None:
     with joined(tmp_path) as logger:
         logger.event("start", START)
