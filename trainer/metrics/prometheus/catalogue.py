@@ -92,7 +92,7 @@ FAMILIES = (
     _gauge("last_checkpoint_timestamp_seconds", "When it was complete, in Unix time.", always=False),
     _gauge("last_checkpoint_duration_seconds", "From its beginning until it was complete.", always=False),
     _gauge("last_checkpoint_stall_seconds", "Of these, how long training stood still.", always=False),
-    _gauge("last_checkpoint_size_bytes", "All its files, of all ranks.", always=False),
+    _gauge("last_checkpoint_size_bytes", "All its files, of all ranks; rank 0 says it.", always=False),
     # The machine.
     _logged(
         "device_memory_peak_bytes",

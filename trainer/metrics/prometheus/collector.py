@@ -100,7 +100,7 @@ class Collector:
             last_checkpoint_timestamp_seconds=time.time(),
             last_checkpoint_duration_seconds=entries["seconds"],
             last_checkpoint_stall_seconds=entries["stall_s"],
-            last_checkpoint_size_bytes=entries["bytes"],
+            last_checkpoint_size_bytes=entries["bytes"] or None,  # only rank 0 knows
         )
 
     def rolled_back(self, step: int) -> None:

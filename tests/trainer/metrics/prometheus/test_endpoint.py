@@ -102,8 +102,9 @@ def test_endpoint_of_each_rank_answers_while_a_run_goes_on(workers: Workers, tmp
             [labels] = [dict(each) for each in samples]
             assert (labels["run"], labels["rank"]) == ("first", str(rank)), name
         assert found.keys() >= {name for name, family in BY_NAME.items() if family.always}
-        for name in ("val_loss", "final_step", "last_checkpoint_step", "last_checkpoint_size_bytes"):
+        for name in ("val_loss", "final_step", "last_checkpoint_step", "last_checkpoint_duration_seconds"):
             assert number(found, name) > 0
+        assert ("shardwright_last_checkpoint_size_bytes" in found) == (rank == 0)
         [info] = [dict(each) for each in found["shardwright_run_info"]]
         assert (info["strategy"], info["world_size"], info["device"]) == ("ddp", "2", "cpu")
         assert number(found, "step") >= 12
