@@ -82,7 +82,7 @@ def test_endpoint_of_each_rank_answers_while_a_run_goes_on(workers: Workers, tmp
     thread.start()
     try:
         file = run / "prometheus" / "targets.json"
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not file.exists() or number(answers(addresses(file)[1]), "steps_total") < 12:
             assert thread.is_alive(), ended
             assert time.monotonic() < deadline
