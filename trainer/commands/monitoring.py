@@ -41,8 +41,9 @@ def main(options: Namespace) -> int:
     from strategies.errors import ConfigError
     from trainer.metrics.prometheus.alerts import alert_rules
     from trainer.metrics.prometheus.dashboard import dashboard
+    from trainer.place import at_home
 
-    folder: Path = options.folder.expanduser().absolute()
+    folder: Path = at_home(options.folder).absolute()
     files = {
         "alerts.yml": alert_rules(_thresholds(options.threshold)),
         "dashboard.json": json.dumps(dashboard(), indent=1) + "\n",
@@ -88,7 +89,9 @@ def _thresholds(words: Sequence[str]) -> dict[str, float]:
 def _configuration(folder: Path, runs: Sequence[Path]) -> str:
     import yaml
 
-    lists = [folder / _TARGETS, *(run.expanduser().absolute() / "prometheus" for run in dict.fromkeys(runs))]
+    from trainer.place import at_home
+
+    lists = [folder / _TARGETS, *(at_home(run).absolute() / "prometheus" for run in dict.fromkeys(runs))]
     job: dict[str, Any] = {
         "job_name": "shardwright",
         "file_sd_configs": [{"files": [str(each / "*.json") for each in lists], "refresh_interval": "30s"}],

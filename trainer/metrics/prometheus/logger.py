@@ -14,6 +14,7 @@ from strategies.world import World
 from trainer.metrics.base import AbstractLogger
 from trainer.metrics.prometheus.collector import Collector
 from trainer.metrics.prometheus.targets import Endpoint, TargetFile
+from trainer.place import at_home
 
 if TYPE_CHECKING:
     import threading
@@ -69,7 +70,7 @@ class PrometheusLogger(AbstractLogger):
         mine = Endpoint(host=platform.node(), address=self._address())
         everybody = [Endpoint(**each) for each in world.gather(mine.to_json())]
         with world.together():
-            folder_of_file = folder / "prometheus" if self.targets is None else Path(self.targets).expanduser()
+            folder_of_file = folder / "prometheus" if self.targets is None else at_home(self.targets)
             name = "targets" if self.targets is None else folder.name
             self._file = TargetFile.of(everybody, world, folder_of_file, name, loopback=self._host.is_loopback)
             self._file.write()

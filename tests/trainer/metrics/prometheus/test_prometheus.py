@@ -81,7 +81,7 @@ BOTH, FIRST, SECOND = (0, 1), (0,), (1,)
 RANK_0, RANK_1 = "RankGone rank 0", "RankGone rank 1"
 Case = tuple[tuple[int, ...], dict[str, str], dict[int, set[str]]]
 CASES: dict[str, Case] = {
-    # Ranks that have other numbers, those numbers, and what fires so many seconds after it began.
+    # Ranks that have other numbers, those numbers (`@port`: at another address), and what fires so many seconds later.
     "healthy": (BOTH, {}, {-3600: set(), 0: set(), 3600: set(), 3 * 3600: set()}),
     "all ranks stopped": (BOTH, STOPPED, {30: set(), 120: {RANK_0, RANK_1}, 400: {"RunStalled", RANK_0, RANK_1},
                                           7200: {"RunStalled", RANK_0, RANK_1}}),
@@ -94,6 +94,11 @@ CASES: dict[str, Case] = {
     "no second rank": (SECOND, dict.fromkeys(HEALTHY, ""), {0: {"RanksMissing"}}),
     "four restarts": (FIRST, {"shardwright_start_timestamp_seconds": f"0x{_BEFORE} 1x9 2x9 3x9 4x{_AFTER}"},
                       {300: set(), 600: {"RestartingOften"}, 3 * 3600: set()}),
+    "four restarts, each at another port": (
+        FIRST,
+        {f"shardwright_start_timestamp_seconds@{9500 + n}": f"_x{_BEFORE} _x{10 * n} {n}x9" for n in range(4)},
+        {300: set(), 600: {"RestartingOften"}},
+    ),
     "loss is NaN": (BOTH, _then("loss", 5, "NaN"), {60: set(), 180: {"LossNotFinite"}}),
     "loss is infinite": (BOTH, _then("loss", 5, "Inf"), {60: set(), 180: {"LossNotFinite"}}),
     "half of the steps skipped": (BOTH, _then("skipped_steps_total", 0, "0+5"), {60: set(), 600: {"StepsSkipped"}}),
@@ -125,10 +130,10 @@ def test_alerts_fire_when_they_should_and_not_else(tmp_path: Path, name: str) ->
     ranks, others, times = CASES[name]
     series = []
     for rank in (0, 1):
-        where = f'job="shardwright",instance="127.0.0.1:{9400 + rank}"'
-        values = {**HEALTHY, **others} if rank in ranks else HEALTHY
-        for metric, text in values.items():
-            labels = where if metric == "up" else f'{where},run="a",rank="{rank}"'
+        for where, text in {**HEALTHY, **(others if rank in ranks else {})}.items():
+            metric, _, port = where.partition("@")
+            labels = f'job="shardwright",instance="127.0.0.1:{port or 9400 + rank}"'
+            labels += "" if metric == "up" else f',run="a",rank="{rank}"'
             if text:
                 series.append({"series": f"{metric}{{{labels}}}", "values": text})
     questions = [
