@@ -293,6 +293,9 @@ FILES = {
     "resume_never_over_checkpoints": bad("resume=never", "step-00000002", "resume=never", "(resume)"),
     "resume_empty": bad("resume=''", "resume is empty", "(resume)"),
     "logger_without_its_library": bad("logger=[wandb]", "wandb", "shardwright[loggers]", "(logger)"),
+    "logger_port_beyond_the_last": bad("logger=[prometheus] logger.prometheus.port=70000", "port=70000", "logger.prometheus.port"),
+    "logger_host_is_a_name": bad("logger=[prometheus] logger.prometheus.host=node7", "'node7'", "logger.prometheus.host"),
+    "logger_targets_not_writable": bad("logger=[prometheus] logger.prometheus={port:0,targets:/proc/x}", "/proc/x/run.json", "logger.prometheus.targets"),
     "logger_folder_is_a_file": bad("logger=[tensorboard] logger.tensorboard.directory=tb", "run/tb", "logger.tensorboard.directory"),
 }  # fmt: skip
 

@@ -160,7 +160,7 @@ def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, s
     return int(end.value.code or 0), out, err
 
 
-@pytest.mark.parametrize("name", ["launch", "plan", "doctor", "export", "generate", "report"])
+@pytest.mark.parametrize("name", ["launch", "plan", "doctor", "export", "generate", "report", "monitoring"])
 def test_main_help_of_each_command_explains_it(capsys: pytest.CaptureFixture[str], name: str) -> None:
     code, out, err = called(capsys, name, "--help")
     assert (code, err) == (0, "")
@@ -178,7 +178,7 @@ def test_main_help_needs_no_torch(name: str) -> None:
 def test_main_help_names_every_command(capsys: pytest.CaptureFixture[str], word: str) -> None:
     code, out, _ = called(capsys, word)
     assert code == 0
-    for name in ("train", "launch", "plan", "doctor", "export", "generate", "report"):
+    for name in ("train", "launch", "plan", "doctor", "export", "generate", "report", "monitoring"):
         assert f"\n  {name} " in out
 
 

@@ -54,13 +54,14 @@ NEEDED = {
     "hooks=[samples]": ["hooks.samples.length=2", "hooks.samples.window=16"],
     "hooks=[chat_samples]": ["hooks.chat_samples.length=2", "hooks.chat_samples.window=16"],
     "schedule=inverse_sqrt": ["schedule.warmup=1"],
+    "logger=[prometheus]": ["logger.prometheus.port=0"],
 }  # fmt: skip
 """What a choice wants to be told, and to be small."""
 BASE = ("trainer.max_steps=2", "trainer.global_batch=4", "trainer.micro_batch=2", "trainer.log_every=1",
         "checkpoint.every=null", "hooks.quitter.step=1", "hooks.quitter.rank=0")  # fmt: skip
 LENGTHY = {"hooks.samples.length", "hooks.chat_samples.length"}
 """A large value is meant, and takes its time."""
-ELSEWHERE = {"run.dir", "run.name", "cache", "checkpoint.folder"}
+ELSEWHERE = {"run.dir", "run.name", "cache", "checkpoint.folder", "logger.prometheus.targets"}
 """Paths are drawn from those below a folder of the test's own, or broken."""
 ELSEWHERE_VALUES = ("{own}/a", "{own}/é ü", "''", "/proc/nothing", "{files}/text.txt", "..", "null", "[1]",
                     "'{own}/b c'", "{own}/" + "y" * 300)  # fmt: skip

@@ -34,7 +34,8 @@ ABOVE_THE_ROLES = {"trainer", "trainer.build", "trainer.cli", "trainer.config", 
 # Seconds to import, or not installed everywhere: only inside functions.
 HEAVY = (
     *("accelerate", "boto3", "datasets", "deepspeed", "horovod", "matplotlib", "mlflow", "pandas", "peft"),
-    *("pyarrow", "scipy", "sklearn", "tensorboard", "tokenizers", "torch.utils.tensorboard", "transformers", "wandb"),
+    *("prometheus_client", "pyarrow", "scipy", "sklearn", "tensorboard", "tokenizers", "torch.utils.tensorboard"),
+    *("transformers", "wandb"),
 )
 TESTING = ("strategies/testing", "strategies/_testing")  # its workers are its own children, on pipes of its own
 PICKLES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}

@@ -64,7 +64,7 @@ def _pins() -> dict[str, str]:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_wheel_package_holds_the_files_of_the_checkout(unpacked: Path, package: str) -> None:
-    kinds = ("*.py", "*.yaml", "*.csv", "*.html", "*.css", "*.js", "*.fasta", "start.sh", "py.typed")
+    kinds = ("*.py", "*.yaml", "*.yml", "*.csv", "*.html", "*.css", "*.js", "*.fasta", "start.sh", "py.typed")
     ours = {path.relative_to(ROOT) for kind in kinds for path in (ROOT / package).rglob(kind)}
     shipped = {path.relative_to(unpacked) for kind in kinds for path in (unpacked / package).rglob(kind)}
     assert ours
@@ -96,7 +96,7 @@ def test_wheel_announces_the_command(unpacked: Path) -> None:
 
 
 def test_wheel_offers_the_extras(metadata: Message) -> None:
-    expected = {"aws", "deepspeed", "dev", "horovod", "loggers", "peft", "sweep", "torch"}
+    expected = {"aws", "deepspeed", "dev", "horovod", "loggers", "peft", "prometheus", "sweep", "torch"}
     assert expected <= set(metadata.get_all("Provides-Extra", []))
 
 

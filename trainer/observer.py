@@ -54,6 +54,9 @@ class Observer:
             loggers: by name.
             config: resolved, without secrets.
             strategy: as it was chosen.
+
+        Raises:
+            ConfigError: a logger can't work here; on every rank where it lives.
         """
         self.clock = StepClock()
         self._folder = folder
@@ -63,7 +66,9 @@ class Observer:
         self._under_way = False
         self._config = config
         self._display = Display(None, world.rank)
-        self._loggers = Loggers(loggers if world.rank == 0 else {}, self.say)
+        here = {name: logger for name, logger in loggers.items() if world.rank == 0 or logger.every_rank}
+        self._loggers = Loggers(here, self.say)
+        self._loggers.join(world, folder)
         self._file: MetricsFile | None = None
 
     def say(self, text: str) -> None:
@@ -102,6 +107,8 @@ class Observer:
             self._loggers.open(self._folder, self._config, progress.step)
             if self._world.rank == 0:
                 self._open_files(progress.step, changes, checkpoint)
+        more = {"final_step": total_steps, "strategy": self._strategy, "restarts": Launch.from_env().restart}
+        self._loggers.event("start", {**progress.to_json(), **more})
         self._step, self._under_way = progress.step, True
         self._display.set_total(total_steps, progress.step)
         self._display.start()
@@ -115,6 +122,7 @@ class Observer:
         """A step was done; cheap."""
         self._step = step
         self._display.advance(step)
+        self._loggers.advance(step)
 
     def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
         """A step's numbers, with its times and memory added; the same on every rank but for the times."""
@@ -140,15 +148,18 @@ class Observer:
         for done, batch in enumerate(batches, start=1):
             yield batch
             self._display.evaluation(min(done, total), total)
+            self._loggers.advance(self._step)
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
         """Around the writing of a checkpoint."""
         self._display.checkpoint(done=False)
+        self._loggers.event("saving", {"now": True})
         try:
             yield
         finally:
             self._display.checkpoint(done=True)
+            self._loggers.event("saving", {"now": False})
 
     def saved(self, step: int, *, seconds: float, stall_s: float, num_bytes: int) -> None:
         """A checkpoint is complete.
@@ -253,6 +264,7 @@ class Observer:
         self._note(event, step=self._step if self._under_way else None, text=text)
 
     def _note(self, event: str, **entries: Any) -> None:
+        self._loggers.event(event, entries)
         if self._world.rank == 0:
             try:
                 note(self._folder, event, **entries)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from strategies.errors import ConfigError
+from trainer.metrics.base import AbstractLogger
 from trainer.metrics.events import history, read_events
 from trainer.metrics.jsonl import read
 from trainer.observer import Observer
@@ -126,3 +129,70 @@ def test_events_that_cant_be_written_dont_end_the_run(tmp_path: Path, capsys: py
         (tmp_path / "events.jsonl").mkdir()
         observer.saved(1, seconds=1.0, stall_s=1.0, num_bytes=1)
     assert "events.jsonl can't be written" in capsys.readouterr().out
+
+
+# Loggers.
+
+
+@dataclass(kw_only=True)
+class Told(AbstractLogger):
+    """Remembers what it was told; `Everywhere` on every rank."""
+
+    def __post_init__(self) -> None:
+        self.told: list[Any] = []
+
+    def join(self, world: Any, folder: Path) -> None:
+        self.told.append(("join", world.rank))
+
+    def open(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
+        self.told.append(("open", step))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.told.append(("log", step))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        self.told.append(("advance", step))
+
+    def event(self, name: str, entries: Mapping[str, Any]) -> None:
+        self.told.append((name, entries.get("step", entries.get("now"))))
+
+    def close(self) -> None:
+        self.told.append(("close",))
+
+
+@dataclass(kw_only=True)
+class Everywhere(Told):
+    every_rank: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_logger_hears_of_all_that_happens_where_it_lives(tmp_path: Path, rank: int) -> None:
+    first, everywhere = Told(), Everywhere()
+    observer = Observer(tmp_path, world(rank), {"first": first, "everywhere": everywhere}, {}, "ddp")
+    observer.open(Progress(step=4), PARTS, 20, [])
+    observer.advance(5)
+    observer.log(Progress(step=5), {"loss": 1.0})
+    list(observer.evaluating(iter([1, 2]), 2))  # type: ignore[list-item]
+    with observer.saving():
+        observer.say("now")
+    observer.saved(5, seconds=1.0, stall_s=1.0, num_bytes=1)
+    observer.close(ValueError("enough"))
+    assert everywhere.told == [
+        *[("join", rank), ("open", 4), ("start", 4), ("advance", 5), ("log", 5), ("advance", 5), ("advance", 5)],
+        *[("saving", True), ("saving", False), ("checkpoint", 5), ("end", 5), ("close",)],
+    ]
+    assert first.told == (everywhere.told if rank == 0 else [])
+
+
+def test_logger_that_cant_join_is_refused_and_all_are_closed(tmp_path: Path) -> None:
+    class Refusing(Everywhere):
+        def join(self, world: Any, folder: Path) -> None:
+            raise ConfigError("Refusing: no. Don't (logger).")
+
+    other = Everywhere()
+    with pytest.raises(ConfigError, match="Refusing"):
+        Observer(tmp_path, world(1), {"other": other, "refusing": Refusing()}, {}, "ddp")
+    assert other.told == [("join", 1), ("close",)]

@@ -88,5 +88,6 @@ COMMANDS = {
     "metric-definitions": Command(
         "trainer.commands.metric_definitions", "print the regexes by which SageMaker reads a run's numbers"
     ),
+    "monitoring": Command("trainer.commands.monitoring", "write what Prometheus and Grafana need to watch runs"),
     "bench": Command("trainer.commands.bench", "measure what the Trainer costs over a loop written by hand"),
 }

@@ -6,12 +6,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from strategies.world import World
 
 
 @dataclass(kw_only=True)
 class AbstractLogger(ABC):
-    """One sink for numbers and texts; lives on rank 0 only. Its fields are its configuration."""
+    """One sink for numbers and texts. Its fields are its configuration."""
+
+    every_rank: ClassVar[bool] = False
+    """Whether it lives on every rank; else on rank 0 only."""
 
     @abstractmethod
     def open(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
@@ -41,3 +46,24 @@ class AbstractLogger(ABC):
     def address(self) -> str:
         """Where a person looks at the numbers, once it is open; empty: nowhere in particular."""
         return ""
+
+    # What few need.
+
+    def join(self, world: World, folder: Path) -> None:
+        """Before the model is made: refuse what would be refused later, and take what others could take.
+
+        Collective where the logger lives on every rank; `close` follows also where this raises.
+
+        Args:
+            world: who takes part.
+            folder: the run's.
+
+        Raises:
+            ConfigError: on every rank where it lives.
+        """
+
+    def advance(self, step: int) -> None:
+        """A step was taken, or a batch of an evaluation after `step`; called each time, so it must cost nothing."""
+
+    def event(self, name: str, entries: Mapping[str, Any]) -> None:
+        """What goes into `events.jsonl`; the `start` with more in it, and `saving` (`now`: whether training waits)."""

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from strategies.world import World
 from trainer.metrics.base import AbstractLogger
 
 _MOST_FAILURES = 3
@@ -17,7 +18,7 @@ class Loggers:
     """Hands numbers and texts to each logger; a failing one is reported once, and training goes on."""
 
     def __init__(self, loggers: Mapping[str, AbstractLogger], say: Callable[[str], None]) -> None:
-        """On rank 0; other ranks give an empty mapping.
+        """Those that live on this rank.
 
         Args:
             loggers: by their name in the configuration.
@@ -29,6 +30,19 @@ class Loggers:
         self._complained: set[str] = set()
         self._folder = Path()
         self._config: Mapping[str, Any] = {}
+
+    def join(self, world: World, folder: Path) -> None:
+        """Before the model is made.
+
+        Raises:
+            ConfigError: a logger can't work here; all are closed.
+        """
+        try:
+            for logger in self._loggers.values():
+                logger.join(world, folder)
+        except BaseException:
+            self.close()
+            raise
 
     def open(self, folder: Path, config: Mapping[str, Any], step: int) -> None:
         """Begin, or go on after `step`, and say where to look.
@@ -52,6 +66,16 @@ class Loggers:
         """Numbers of one step."""
         for name, logger in self._loggers.items():
             self._try(name, partial(logger.log, step, metrics))
+
+    def advance(self, step: int) -> None:
+        """A step was taken, or a batch of an evaluation after `step`."""
+        for name, logger in self._loggers.items():
+            self._try(name, partial(logger.advance, step))
+
+    def event(self, event: str, entries: Mapping[str, Any]) -> None:
+        """Something happened besides a step."""
+        for name, logger in self._loggers.items():
+            self._try(name, partial(logger.event, event, entries))
 
     def text(self, step: int, name: str, text: str) -> None:
         """A text, such as a generated sample."""

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
 
-_TAKEN = ("", "checkpoints", "logs", "plots", "samples", "mlflow", "wandb")
+_TAKEN = ("", "checkpoints", "logs", "plots", "prometheus", "samples", "mlflow", "wandb")
 """Folders of a run that others write."""
 
 
