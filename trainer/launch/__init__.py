@@ -1,9 +1,21 @@
 """From one command to processes: a launcher takes a training job and starts it here or somewhere else."""
 
-from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
+from trainer.launch.base import ArrayLauncher, LaunchedJob, Launcher, LaunchJob, State, Status
 from trainer.launch.local import LocalLauncher
 from trainer.launch.sagemaker import SageMakerLauncher
+from trainer.launch.slurm import SlurmLauncher
 
-SCHEMAS = (LocalLauncher, SageMakerLauncher)
+SCHEMAS = (LocalLauncher, SageMakerLauncher, SlurmLauncher)
 
-__all__ = ["SCHEMAS", "LaunchJob", "LaunchedJob", "Launcher", "LocalLauncher", "SageMakerLauncher", "State", "Status"]
+__all__ = [
+    "SCHEMAS",
+    "ArrayLauncher",
+    "LaunchJob",
+    "LaunchedJob",
+    "Launcher",
+    "LocalLauncher",
+    "SageMakerLauncher",
+    "SlurmLauncher",
+    "State",
+    "Status",
+]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO
 
 from strategies.errors import ConfigError
 from trainer.launch.base import State
+from trainer.launch.following import LogLines, asked
 from trainer.launch.sagemaker_job import console_link, first_line, status_of
 from trainer.metrics.display import is_terminal
 from trainer.metrics.live import LiveScreen
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 EVERY_S = 5.0
 _PATIENCE_S = 600.0
-_STEP = re.compile(r"\bstep=(\d+)(?:/(\d+))? (\S+=.*)")
-_PAIR = re.compile(r"(\w+)=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?|-?inf|nan)(?=\s|$)")
 
 
 def follow(
@@ -64,7 +62,7 @@ def follow(
         except KeyboardInterrupt:
             screen.close()
             question = f"Stop the job {name}? [y/N] "
-            if (ask or _asked)(question):
+            if (ask or asked)(question):
                 services.stop(name)
                 screen.print("stopping: the processes have two minutes for a checkpoint")
             else:
@@ -80,7 +78,7 @@ class Watch:
         self._name, self._services, self._screen = name, services, screen
         self._tokens: dict[str, str | None] = {}
         self._seen: set[tuple[str, str]] = set()
-        self._total: int | None = None
+        self._lines = LogLines(screen)
         self._found: dict[str, Any] = {}
         self._lost: float | None = None
 
@@ -153,41 +151,10 @@ class Watch:
             while True:
                 lines, token = self._services.log_lines(stream, self._tokens[stream])
                 self._tokens[stream] = token
+                host = re.sub(r"-\d+$", "", stream.rpartition("/")[2])
                 for line in lines:
-                    self._show_line(line, stream)
+                    self._lines.show(line, "" if host == "algo-1" else host)
                 # The end of a log is where the same token comes again.
                 if token in (None, before) or not (lines or to_the_end):
                     break
                 before = token
-
-    def _show_line(self, line: str, stream: str) -> None:
-        text = hidden(printable(line.rstrip("\r\n")))
-        host = re.sub(r"-\d+$", "", stream.rpartition("/")[2])
-        step = _STEP.search(text)
-        numbers = {} if step is None else {key: float(value) for key, value in _PAIR.findall(step[3])}
-        if step is None or not numbers:
-            self._screen.print(text if host == "algo-1" else f"[{host}] {text}")
-        elif any("val_" in key for key in numbers):
-            self._screen.evaluated(text, numbers)
-        else:
-            if step[2] is not None and int(step[2]) != self._total:
-                self._total = int(step[2])
-                self._screen.begin(self._total, int(step[1]))
-            self._screen.logged(text, int(step[1]), numbers, _seconds_left(step[3]))
-
-
-def _seconds_left(text: str) -> float | None:
-    found = re.search(r"\beta=(\d+):(\d\d):(\d\d)\b", text)
-    return None if found is None else float(int(found[1]) * 3600 + int(found[2]) * 60 + int(found[3]))
-
-
-def _asked(question: str) -> bool:
-    """Without a terminal nobody can answer, and the job is left alone."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    sys.stderr.write(question)
-    sys.stderr.flush()
-    try:
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
-    except KeyboardInterrupt:
-        return False
