@@ -89,12 +89,19 @@ done
 if ((! code)) && [[ -e $SHARDWRIGHT_ENDS.75 ]]; then code=75; fi
 rm -f "$SHARDWRIGHT_ENDS".*
 
+go_on() {
+    if ((restarts >= 100)); then
+        echo "launch: $1; not again, after 100 times (launcher.max_requeues)." >&2
+    elif scontrol requeue "$job"; then
+        echo "launch: $1; the job waits to go on"
+    fi
+}
 if [[ $time_is_up ]] && ((code == 75 || code == 138)); then
     code=75
-    if ((restarts >= 100)); then
-        echo "launch: the time is up; not again, after 100 times (launcher.max_requeues)." >&2
-    elif scontrol requeue "$job"; then
-        echo "launch: the time is up; the job waits to go on"
-    fi
+    go_on "the time is up"
+elif ((code && code != 2 && code != 75 && SLURM_JOB_NUM_NODES > 1)); then
+    # Slurm takes minutes to miss a node, and would take this for the job's own failure.
+    alone=(--overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+    timeout 120 srun "${alone[@]}" true || go_on "a node doesn't answer"
 fi
 exit $code

@@ -237,5 +237,7 @@ def _of_a_job(name: str) -> bool:
 
 
 def _reason(text: str) -> str:
-    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines() if line.strip()]
+    lines = [
+        re.sub(r"^(slurm_\w+ error|\w+: error|\w+): +", "", line).strip() for line in text.splitlines() if line.strip()
+    ]
     return " ".join(lines).rstrip(".") or "it doesn't say why"

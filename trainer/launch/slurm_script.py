@@ -120,8 +120,7 @@ class Batch:
     def _step(self) -> list[str]:
         options = [shlex.quote(word) for word in map(_long, self.srun)]
         command = f'sh -c "$worker" worker {shlex.quote(self.python)} -u {_quoted(self.script)} "${{words[@]}}" &'
-        codes = {"stopped": EXIT_STOPPED, "early": _TOLD_EARLY}
-        requeue = _REQUEUE if self.max_requeues else _NO_REQUEUE
+        codes = {"wrong": EXIT_WRONG_INPUT, "stopped": EXIT_STOPPED, "early": _TOLD_EARLY}
         return [
             "",
             "options=(",
@@ -130,8 +129,8 @@ class Batch:
             "if [[ -d /opt/sagemaker_cluster ]]; then # SageMaker HyperPod replaces a broken node and repeats the step",
             "    options+=(--auto-resume=1)",
             "fi",
-            *_STEP.format(command=command, wrong=EXIT_WRONG_INPUT, **codes).splitlines(),
-            *requeue.format(most=self.max_requeues, **codes).splitlines(),
+            *_STEP.format(command=command, **codes).splitlines(),
+            *_END.format(most=self.max_requeues, **codes).splitlines(),
         ]
 
 
@@ -181,17 +180,20 @@ done
 if ((! code)) && [[ -e $SHARDWRIGHT_ENDS.{stopped} ]]; then code={stopped}; fi
 rm -f "$SHARDWRIGHT_ENDS".*"""
 
-_REQUEUE = """
+_END = """
+go_on() {{
+    if ((restarts >= {most})); then
+        echo "launch: $1; not again, after {most} times (launcher.max_requeues)." >&2
+    elif scontrol requeue "$job"; then
+        echo "launch: $1; the job waits to go on"
+    fi
+}}
 if [[ $time_is_up ]] && ((code == {stopped} || code == {early})); then
     code={stopped}
-    if ((restarts >= {most})); then
-        echo "launch: the time is up; not again, after {most} times (launcher.max_requeues)." >&2
-    elif scontrol requeue "$job"; then
-        echo "launch: the time is up; the job waits to go on"
-    fi
+    go_on "the time is up"
+elif ((code && code != {wrong} && code != {stopped} && SLURM_JOB_NUM_NODES > 1)); then
+    # Slurm takes minutes to miss a node, and would take this for the job's own failure.
+    alone=(--overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
+    timeout 120 srun "${{alone[@]}}" true || go_on "a node doesn't answer"
 fi
-exit $code"""
-
-_NO_REQUEUE = """
-if ((code == {early})); then code={stopped}; fi
 exit $code"""

@@ -36,6 +36,8 @@ _SRUN = """#!/usr/bin/env python3
 import os, signal, subprocess, sys, time
 words = sys.argv[1:]
 first = next(i for i, word in enumerate(words) if not word.startswith("--"))
+if words[first:] == ["true"]:
+    sys.exit(os.path.exists(os.path.join(os.environ["LAB"], "gone")))
 size = int(os.environ["LAB_TASKS"])
 open(os.path.join(os.environ["LAB"], "srun"), "w").write("\\n".join(words[:first]))
 tasks = []
@@ -85,6 +87,12 @@ class Programs:
     def refuse(self, text: str) -> None:
         """Let sbatch end with `text`."""
         (self.folder / "refuses").write_text(text)
+
+    def silence_nodes(self, gone: bool) -> None:
+        """Whether an srun of `true` fails, as it does where a node is gone."""
+        (self.folder / "gone").unlink(missing_ok=True)
+        if gone:
+            (self.folder / "gone").touch()
 
     def add(self, name: str, text: str) -> None:
         """One more program."""

@@ -200,7 +200,7 @@ def test_job_of_an_array_is_requeued_alone(lab: Lab) -> None:
     ("settings", "restarts", "code", "ends", "says"),
     [
         ({"max_requeues": 2}, "2", 75, 75, "not again, after 2 times (launcher.max_requeues)"),
-        ({"max_requeues": 0}, "0", 75, 75, ""),
+        ({"max_requeues": 0}, "0", 75, 75, "not again, after 0 times"),
         ({}, "0", 0, 0, ""),
         ({}, "0", 1, 1, ""),
         ({}, "0", 2, 2, ""),
@@ -212,6 +212,16 @@ def test_job_isn_t_requeued_after_the_last_time_nor_without_a_stop(
     found, out = told(lab, launcher(**settings), code, SLURM_RESTART_COUNT=restarts)
     assert (found, lab.programs.calls) == (ends, []), out
     assert says in out
+
+
+@pytest.mark.parametrize(("text", "ends"), [("exit 1", 1), ("kill -KILL $$", 137), ("exit 2", 2), ("exit 75", 75)])
+@pytest.mark.parametrize("answers", [True, False])
+def test_job_of_which_a_node_is_gone_is_requeued(lab: Lab, text: str, ends: int, answers: bool) -> None:
+    lab.programs.silence_nodes(not answers)
+    code, out = lab.run(launcher(), text, SLURM_JOB_NUM_NODES="2")
+    failed = ends not in (2, 75)
+    assert (code, lab.programs.calls) == (ends, ["scontrol requeue 101"] if failed and not answers else []), out
+    assert ("launch: a node doesn't answer; the job waits to go on" in out) == (failed and not answers)
 
 
 def test_requeue_that_slurm_refuses_ends_as_stopped(lab: Lab) -> None:
