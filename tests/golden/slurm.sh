@@ -17,13 +17,14 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --requeue
 #SBATCH --mem=0
-#SBATCH --comment=it\'s\ \#1
+#SBATCH --comment="it's #1"
 #SBATCH --reboot
 
 logs=/fsx/me/runs/mine/logs
 cd -- /fsx/me || exit 2
-restarts=${SLURM_RESTART_COUNT:-0} time_is_up= step=
+restarts=${SLURM_RESTART_COUNT:-0} time_is_up= cancelled= step=
 trap 'time_is_up=1; kill -USR1 "$step" 2> /dev/null || :' USR1 # srun passes it on to every process
+trap 'cancelled=1' TERM # a job that was taken back would start again, if it were asked to
 # An array's number alone would mean all of its jobs.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID}
 echo "--- $(date -u +%FT%TZ) job $job on $SLURM_JOB_NODELIST, started again $restarts times"
@@ -90,7 +91,9 @@ if ((! code)) && [[ -e $SHARDWRIGHT_ENDS.75 ]]; then code=75; fi
 rm -f "$SHARDWRIGHT_ENDS".*
 
 go_on() {
-    if ((restarts >= 100)); then
+    if [[ $cancelled ]]; then
+        return
+    elif ((restarts >= 100)); then
         echo "launch: $1; not again, after 100 times (launcher.max_requeues)." >&2
     elif scontrol requeue "$job"; then
         echo "launch: $1; the job waits to go on"

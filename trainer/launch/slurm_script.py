@@ -78,8 +78,9 @@ class Batch:
             "",
             f"logs={_quoted(self.logs)}",
             f"cd -- {_quoted(self.here)} || exit {EXIT_WRONG_INPUT}",
-            "restarts=${SLURM_RESTART_COUNT:-0} time_is_up= step=",
+            "restarts=${SLURM_RESTART_COUNT:-0} time_is_up= cancelled= step=",
             "trap 'time_is_up=1; kill -USR1 \"$step\" 2> /dev/null || :' USR1 # srun passes it on to every process",
+            "trap 'cancelled=1' TERM # a job that was taken back would start again, if it were asked to",
             "# An array's number alone would mean all of its jobs.",
             "job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID} job=${job:-$SLURM_JOB_ID}",
             'echo "--- $(date -u +%FT%TZ) job $job on $SLURM_JOB_NODELIST, started again $restarts times"',
@@ -135,8 +136,12 @@ class Batch:
 
 
 def directive(option: Option) -> str:
-    """An option as sbatch reads it from a script: with backslashes alone."""
-    return re.sub(r"([\\\"'#\s])", r"\\\1", _long(option))
+    """An option as sbatch reads it from a script: between quotes, in which it knows backslashes."""
+    name, value = option
+    if value is None or re.fullmatch(r"[\w.,:;=@%+*/|&()\[\]-]+", value):
+        return _long(option)
+    escaped = re.sub(r'([\\"])', r"\\\1", value)
+    return f'--{name}="{escaped}"'
 
 
 def _long(option: Option) -> str:
@@ -182,7 +187,9 @@ rm -f "$SHARDWRIGHT_ENDS".*"""
 
 _END = """
 go_on() {{
-    if ((restarts >= {most})); then
+    if [[ $cancelled ]]; then
+        return
+    elif ((restarts >= {most})); then
         echo "launch: $1; not again, after {most} times (launcher.max_requeues)." >&2
     elif scontrol requeue "$job"; then
         echo "launch: $1; the job waits to go on"

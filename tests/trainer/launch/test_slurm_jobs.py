@@ -107,7 +107,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(
     assert end.value.code == 0
     assert f"'run.dir='\"'\"'{here}/runs/a b'\"'\"''\n" in out
     assert "#SBATCH --job-name=a-b\n" in out
-    assert f"#SBATCH --output={here}/runs/a\\ b/logs/slurm-%j.log\n" in out
+    assert f'#SBATCH --output="{here}/runs/a b/logs/slurm-%j.log"\n' in out
     assert list(here.iterdir()) == [here / "train.py"]
 
 

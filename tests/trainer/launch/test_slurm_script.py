@@ -71,13 +71,18 @@ def test_container_mounts_what_the_job_needs_unless_it_is_there(
 
 
 @pytest.mark.parametrize("text", ["plain", "it's", 'a "b" #c', "a\\b", "$HOME `id`", "tab\there"])
-def test_directive_has_backslashes_where_sbatch_reads_them(text: str) -> None:
-    """Its reader: a backslash takes the next character as it is, in quotes too; # begins a comment."""
-    read, plain = "", iter(directive(("comment", text)))
+def test_directive_is_quoted_as_sbatch_reads_it(text: str) -> None:
+    """Its reader: a backslash takes the next character as it is, in quotes too; a blank outside of them ends it."""
+    read, quoted, plain = "", False, iter(directive(("comment", text)))
     for character in plain:
-        assert character not in "\"'#\t ", "would mean something"
-        read += next(plain) if character == "\\" else character
-    assert read == f"--comment={text}"
+        if character == "\\":
+            read += next(plain)
+        elif character == '"':
+            quoted = not quoted
+        else:
+            assert quoted or character not in "'# \t"
+            read += character
+    assert (read, quoted) == (f"--comment={text}", False)
 
 
 @dataclass
@@ -222,6 +227,19 @@ def test_job_of_which_a_node_is_gone_is_requeued(lab: Lab, text: str, ends: int,
     failed = ends not in (2, 75)
     assert (code, lab.programs.calls) == (ends, ["scontrol requeue 101"] if failed and not answers else []), out
     assert ("launch: a node doesn't answer; the job waits to go on" in out) == (failed and not answers)
+
+
+def test_job_that_was_cancelled_is_not_asked_to_start_again(lab: Lab) -> None:
+    """Slurm would do it."""
+    lab.programs.silence_nodes(True)
+    process = lab.begin(launcher(), LISTENS.format(code=1), tasks=2, SLURM_JOB_NUM_NODES="2")
+    for path in (lab.folder / "out.0.up", lab.folder / "out.1.up", lab.programs.folder / "step"):
+        lab.wait_for(path)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)  # bash may lose one of two that come at the same moment
+    process.send_signal(signal.SIGUSR1)
+    code, out = lab.end(process)
+    assert (code, lab.programs.calls) == (1, []), out
 
 
 def test_requeue_that_slurm_refuses_ends_as_stopped(lab: Lab) -> None:
