@@ -172,20 +172,19 @@ def test_job_is_stopped_by_its_time_limit_requeued_and_ends_with_the_losses_of_o
     print(f"took {time.monotonic() - begun:.0f} s")
 
 
-@pytest.mark.parametrize(("node", "miss_node_s"), [(1, 300), (0, 15)], ids=["the other node", "the node of the script"])
-def test_node_dies_and_the_job_is_requeued_and_goes_on(site: Callable[..., Site], node: int, miss_node_s: int) -> None:
-    here = site(miss_node_s=miss_node_s)
+@pytest.mark.parametrize("node", [1, 0], ids=["the other one", "that of the script"])
+def test_node_dies_and_the_job_is_requeued_and_goes_on(site: Callable[..., Site], node: int) -> None:
+    here = site(miss_node_s=20)
     begun = time.monotonic()
     command = here.begin("struck", "launcher.environment.PACE_S=0.05")
     here.wait_for_step("struck", 120)
     here.lab.kill_node(here.lab.names[node])
-    here.wait_for("struck", "started again 1 times", 400)
+    here.wait_for("struck", "started again 1 times", 180)
     print(f"requeued {time.monotonic() - begun:.0f} s after the start")
     assert command.poll() is None
     here.lab.start_node(here.lab.names[node])
     code, said = here.end("struck", command, 300)
     assert code == 0, said
-    assert ("launch: a node doesn't answer; the job waits to go on" in said) == (node == 1)
     begins = [int(step) for step in re.findall(r"going on from \S+ \(step (\d+)\)", said)]
     assert len(begins) == 1, said
     assert begins[0] >= 100
