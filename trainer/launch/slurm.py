@@ -140,14 +140,17 @@ class SlurmLauncher(ArrayLauncher):
         return self._submitted(job, handle, batch)
 
     def run(self, job: LaunchJob) -> int:
-        from trainer.launch.slurm_follow import follow
+        from trainer.launch.following import follow_until_end, screen_for
+        from trainer.launch.slurm_follow import SlurmWatch
 
         self._queue.refuse_none()
         batch = self.batch([job])
         number = self._at_work(batch)
         handle = number or self._queue.submit(batch)
-        launched = self._submitted(job, handle, batch)
-        return follow(launched, batch.log_of(handle), sys.stdout, from_end=number is not None)
+        screen, log = screen_for(sys.stdout), batch.log_of(handle)
+        return follow_until_end(
+            SlurmWatch(self._submitted(job, handle, batch), log, screen, from_end=number is not None)
+        )
 
     def _at_work(self, batch: Batch) -> str | None:
         """The number of this same job, if Slurm has it still; two of them would write into one folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,7 +29,8 @@ class Service:
         """Action -> what is answered; None: moto's own answer."""
 
     def __call__(self, environment: dict[str, Any], start: Any) -> Any:
-        target = str(environment.get("HTTP_X_AMZ_TARGET", ""))
+        of_batch = re.fullmatch(r"/v1/([a-z]+)", str(environment.get("PATH_INFO", "")))
+        target = of_batch[1] if of_batch else str(environment.get("HTTP_X_AMZ_TARGET", ""))
         if not target:
             return self._application(environment, start)
         body = environment["wsgi.input"].read(int(environment.get("CONTENT_LENGTH") or 0))
@@ -80,7 +82,7 @@ def aws(service_process: tuple[str, Service], monkeypatch: pytest.MonkeyPatch) -
     if not any(bucket["Name"] == "models" for bucket in files.list_buckets()["Buckets"]):
         files.create_bucket(Bucket="models")
     files.close()
-    monkeypatch.setattr("trainer.launch.sagemaker_follow.EVERY_S", 0.01)
+    monkeypatch.setattr("trainer.launch.following.EVERY_S", 0.01)
     service.requests.clear()
     service.answers.clear()
     yield service

@@ -61,7 +61,7 @@ def write_log(stream: str, lines: Sequence[str]) -> None:
 
 def show(services: Services, name: str = "mine-1", ask: Callable[[str], bool] | None = None) -> tuple[int, str]:
     stream = io.StringIO()
-    code = follow({**REQUEST, "TrainingJobName": name}, services, stream, every_s=0.01, ask=ask)
+    code = follow({**REQUEST, "TrainingJobName": name}, services, stream, ask=ask)
     return code, stream.getvalue()
 
 
@@ -135,7 +135,7 @@ class Impatient:
 
 def test_ctrl_c_asks_and_yes_stops_the_job(aws: Service, services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
     impatient = Impatient(aws, described("Stopping", "Stopping"), described("Stopped", "Stopped"))
-    monkeypatch.setattr("trainer.launch.sagemaker_follow.time.sleep", impatient.sleep)
+    monkeypatch.setattr("trainer.launch.following.time.sleep", impatient.sleep)
     aws.answers["StopTrainingJob"] = lambda asked: {}
     asked: list[str] = []
     code, out = show(services, ask=lambda question: asked.append(question) is None)
@@ -150,7 +150,7 @@ def test_ctrl_c_without_a_terminal_leaves_the_job_and_says_how_to_stop_it(
     aws: Service, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient = Impatient(aws)
-    monkeypatch.setattr("trainer.launch.sagemaker_follow.time.sleep", impatient.sleep)
+    monkeypatch.setattr("trainer.launch.following.time.sleep", impatient.sleep)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     code, out = show(services)
     assert code == 130
@@ -169,7 +169,7 @@ def test_ctrl_c_at_a_terminal_takes_the_answer_of_the_person(
     aws: Service, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     impatient = Impatient(aws, described("Stopped", "Stopped"))
-    monkeypatch.setattr("trainer.launch.sagemaker_follow.time.sleep", impatient.sleep)
+    monkeypatch.setattr("trainer.launch.following.time.sleep", impatient.sleep)
     monkeypatch.setenv("TERM", "xterm")
     aws.answers["StopTrainingJob"] = lambda asked: {}
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
@@ -184,7 +184,7 @@ def test_follow_on_a_terminal_shows_a_bar(aws: Service, services: Services, monk
     write_log("bar/algo-1-1", ["step=900/1800 loss=1.5000 eta=0:10:00", "step=900 val_loss=2.2500"])
     answering(aws, described("Completed", "Completed"))
     stream = Terminal()
-    assert follow({**REQUEST, "TrainingJobName": "bar"}, services, stream, every_s=0.01) == 0
+    assert follow({**REQUEST, "TrainingJobName": "bar"}, services, stream) == 0
     out = stream.getvalue()
     assert "step 900/1800" in out
     assert "50%" in out
@@ -259,7 +259,7 @@ def test_follow_outlasts_a_short_silence_of_aws_but_not_a_long_one(
     code, out = show(services)
     assert code == 0
     assert out.count("ExpiredTokenException: expired. Log in again. The job goes on") == 1
-    monkeypatch.setattr("trainer.launch.sagemaker_follow._PATIENCE_S", 0.0)
+    monkeypatch.setattr("trainer.launch.following.PATIENCE_S", 0.0)
     answering(aws, silent)
     with pytest.raises(ConfigError, match="Log in again"):
         show(services)

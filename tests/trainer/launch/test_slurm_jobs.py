@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +13,8 @@ import pytest
 from strategies.errors import ConfigError
 from tests.trainer.launch.slurm_programs import Programs, described, programs
 from trainer.cli import main
-from trainer.launch import LaunchJob, SlurmLauncher, State
-from trainer.launch import slurm_follow as following
-from trainer.launch.slurm_follow import follow
+from trainer.launch import LaunchJob, SlurmLauncher, State, following
+from trainer.launch.slurm_follow import SlurmWatch
 from trainer.launch.slurm_job import SlurmJob
 from trainer.launch.slurm_queue import Queue, members, read_jobs
 
@@ -29,7 +26,6 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(following, "_ASK_EVERY_S", 0.0)
     monkeypatch.setattr(following, "EVERY_S", 0.01)
     (tmp_path / "train.py").touch()
     return tmp_path
@@ -269,7 +265,8 @@ def followed(
     path = here / "log"
     path.write_text(log)
     running = SlurmJob(job(here), "101", Queue(), here / "runs" / "mine", path)
-    return follow(running, path, stream, every_s=0.01, ask=ask), stream.getvalue()
+    watch = SlurmWatch(running, path, following.screen_for(stream))
+    return following.follow_until_end(watch, ask), stream.getvalue()
 
 
 def test_follow_shows_states_once_and_the_whole_log(here: Path, programs: Programs) -> None:
@@ -315,15 +312,15 @@ def test_follow_ends_with_the_exit_code_that_the_job_s_end_means(
 
 
 class Impatient:
-    """Presses Ctrl-C after the first look, and again after `more` of them."""
+    """Presses Ctrl-C in the pauses of these numbers."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
-        self._at, self._sleeps = at, 0
-        monkeypatch.setattr(following, "time", SimpleNamespace(sleep=self._sleep, monotonic=time.monotonic))
+        self._at, self._pauses = at, 0
+        monkeypatch.setattr(SlurmWatch, "pause", self._pause)
 
-    def _sleep(self, seconds: float) -> None:
-        self._sleeps += 1
-        if self._sleeps in self._at:
+    def _pause(self, wait_s: float) -> None:
+        self._pauses += 1
+        if self._pauses in self._at:
             raise KeyboardInterrupt
 
 
@@ -334,8 +331,7 @@ def test_ctrl_c_asks_and_no_leaves_the_job_alone(
     asked: list[str] = []
     code, out = followed(here, programs, "", described("RUNNING"), ask=lambda text: bool(asked.append(text)))
     assert (code, asked, programs.calls) == (130, ["Stop the job 101? [y/N] "], [])
-    assert "the job goes on. The same command follows it again" in out
-    assert "scancel --signal=TERM 101" in out
+    assert "the job goes on; to stop it: scancel --signal=TERM 101 (with a checkpoint)" in out
 
 
 def test_ctrl_c_asks_and_yes_stops_the_job_and_again_ends_it(
@@ -348,9 +344,9 @@ def test_ctrl_c_asks_and_yes_stops_the_job_and_again_ends_it(
         here, programs, "", *running, described("FAILED", code="75:0"), ask=lambda text: asked.append(text) is None
     )
     assert code == 75
-    assert asked == ["Stop the job 101? [y/N] ", "End the job 101 at once? [y/N] "]
+    assert asked == ["Stop the job 101? [y/N] "] * 2
     assert programs.calls[1:] == ["scancel --signal=TERM 101", "scancel 101"]
-    assert "stopping, with a checkpoint" in out
+    assert "stopping: with a checkpoint\nstopping: at once\n" in out
 
 
 def test_ctrl_c_without_a_terminal_leaves_the_job_alone(
@@ -362,19 +358,14 @@ def test_ctrl_c_without_a_terminal_leaves_the_job_alone(
 
 def test_controller_that_is_silent_is_asked_again(here: Path, programs: Programs) -> None:
     programs.answer(described("RUNNING"))
-    queue = Queue()
-    running = SlurmJob(job(here), "101", queue, here, here / "log")
+    stream = io.StringIO()
+    running = SlurmJob(job(here), "101", Queue(), here, here / "log")
+    watch = SlurmWatch(running, here / "log", following.screen_for(stream))
     (programs.folder / "silent").touch()
-    stream, looks = io.StringIO(), iter(range(3))
-
-    class Screen(following.PlainScreen):
-        pass
-
-    watch = following.Watch(running, here / "log", Screen(stream))
-    for _ in looks:
-        assert not watch.look()
+    for _ in range(3):
+        assert not watch.look_patiently()
     (programs.folder / "silent").unlink()
-    assert not watch.look()
+    assert not watch.look_patiently()
     assert stream.getvalue().count("The job goes on; asking again") == 1
     assert "running: n[1-2]" in stream.getvalue()
 
