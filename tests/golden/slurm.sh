@@ -22,7 +22,7 @@
 
 logs=/fsx/me/runs/mine/logs
 cd -- /fsx/me || exit 2
-restarts=${SLURM_RESTART_COUNT:-0} time_is_up= cancelled= step=
+restarts=${SLURM_RESTART_COUNT:-0} time_is_up='' cancelled='' step=''
 trap 'time_is_up=1; kill -USR1 "$step" 2> /dev/null || :' USR1 # srun passes it on to every process
 trap 'cancelled=1' TERM # a job that was taken back would start again, if it were asked to
 # An array's number alone would mean all of its jobs.
