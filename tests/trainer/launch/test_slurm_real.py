@@ -199,7 +199,9 @@ def test_grid_of_four_is_an_array_whose_jobs_are_requeued_one_by_one(site: Calla
     begun = time.monotonic()
     words = ["--multirun", "--sweep-dir", "sweep", "optimizer.lr=1e-3,1e-2", "seed=1,2"]
     command = here.begin("sweep", *words, *PACED, nodes=1)
-    here.lab.wait_until("four jobs run", lambda: len(here.lab.ask("squeue", "-h", "-t", "RUNNING").splitlines()) == 4)
+    here.lab.wait_until(
+        "four jobs run", lambda: len(here.lab.ask("squeue", "-h", "-t", "RUNNING").splitlines()) == 4, 180
+    )
     assert "[0-3]" in here.lab.ask("scontrol", "show", "job") or "ArrayTaskId=3" in here.lab.ask(
         "scontrol", "show", "job"
     )
