@@ -48,8 +48,8 @@ def main(options: Namespace) -> int:
     if options.multirun:
         return multirun.main(options, launcher, others)
     here = isinstance(launcher, LocalLauncher)
-    name = options.script.stem if here else name_of_run(options.script, others, options.name)
-    job = LaunchJob(name=name, script=options.script, overrides=tuple(others))
+    name, folder = (options.script.stem, None) if here else run_of(options.script, others, options.name)
+    job = LaunchJob(name=name, script=options.script, overrides=tuple(others), run_dir=folder)
     launcher.check([job])
     if options.dry_run:
         print(launcher.shown(job))
@@ -57,13 +57,16 @@ def main(options: Namespace) -> int:
     return launcher.run(job)
 
 
-def name_of_run(script: Path, words: Sequence[str], given: str | None = None) -> str:
-    """What the run is called, by which a later job finds its checkpoints; a job that wouldn't compose is refused.
+def run_of(script: Path, words: Sequence[str], given: str | None = None) -> tuple[str, Path]:
+    """What the run is called, by which a later job finds its checkpoints, and its folder on a disk of this machine.
+
+    A job that wouldn't compose is refused.
 
     Raises:
         ConfigError: something about the words is wrong, or a script of one's own has no name.
     """
     from strategies.errors import ConfigError
+    from trainer.place import at_home
 
     if script.resolve() == SCRIPT:
         from trainer.config import composed, resolved
@@ -73,10 +76,13 @@ def name_of_run(script: Path, words: Sequence[str], given: str | None = None) ->
         config, choices = composed([word for word in words if "${oc.env:" not in word])
         plain = resolved(config)
         where = plain["run"]
-        return given or where["name"] or Path(where["dir"] or run_name(plain, choices)).name
-    said = [word.partition("=")[2].strip("'\"") for word in words if re.match(r"[+]*run\.(name|dir)=", word)]
-    if name := given or (Path(said[-1]).name if said else ""):
-        return name
+        folder = Path(where["dir"] or Path("runs") / (where["name"] or given or run_name(plain, choices)))
+        return given or where["name"] or folder.name, at_home(folder)
+    said = [word for word in words if re.match(r"[+]*run\.(name|dir)=", word)]
+    values = [Path(word.partition("=")[2].strip("'\"")) for word in said]
+    if name := given or (values[-1].name if values else ""):
+        in_runs = not said or "run.name=" in said[-1]
+        return name, at_home(Path("runs") / (values[-1] if values else name) if in_runs else values[-1])
     raise ConfigError(
         f"launch: what is the run of {script.name} called? A later job goes on from the checkpoints under this name. "
         "Give one, as in --name first (--name)."

@@ -94,6 +94,7 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
     from rich.console import Console
 
     from strategies.errors import ConfigError
+    from trainer.launch import ArrayLauncher
     from trainer.launch.board import Board
     from trainer.launch.book import Book, Objective
     from trainer.launch.search import Grid
@@ -102,8 +103,11 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
 
     if options.search == "sagemaker":
         return _tune(options, launcher, words)
-    if options.dry_run:
-        raise ConfigError("launch: --dry-run shows one job, or --search sagemaker. Leave it out (--dry-run).")
+    if options.dry_run and (options.search == "optuna" or not isinstance(launcher, ArrayLauncher)):
+        raise ConfigError(
+            "launch: --dry-run shows one job, the grid of launcher=slurm, or --search sagemaker. Leave it out "
+            "(--dry-run)."
+        )
     objective = Objective(name=options.objective, maximize=options.maximize)
     space: SearchSpace | None = None
     if options.search == "optuna":
@@ -119,6 +123,11 @@ def main(options: Namespace, launcher: Launcher, words: Sequence[str]) -> int:
     script = options.script.resolve()
     plan = Plan(script=script, fixed=tuple(fixed), objective=objective, rerun_failed=options.rerun_failed)
     folder = (options.sweep_dir or default_folder(script, words, jobs, options.search)).absolute()
+    if options.dry_run and isinstance(launcher, ArrayLauncher):
+        whole = [plan.job(folder, entry) for entry in iter(Grid(jobs, []).ask, None)]
+        launcher.check(whole)
+        print(launcher.shown_array(whole))
+        return 0
     book = Book(folder, about(plan, launcher, words if space else None, options))
     try:
         search = Grid(jobs, book.entries) if space is None else _optuna(options, space, objective, book)

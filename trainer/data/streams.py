@@ -38,7 +38,7 @@ _TOGETHER, _TOGETHER_S = 16, 1e-3
 """This process makes at most so many batches before it hands out the first, and starts none after so many seconds."""
 _WRITER_ENDS_S = 5.0
 """Nobody reads from the other end any more, so that it can't wait."""
-_DEAF_TO = {signal.SIGINT, signal.SIGTERM}
+_DEAF_TO = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 _PRELOADED = ["numpy", "torch.utils.data"]
 
 

@@ -38,6 +38,8 @@ class LaunchJob:
     """`key=value` words for the script."""
     folder: Path | None = None
     """Where a launcher of this machine puts the run's files; None: as the words say."""
+    run_dir: Path | None = None
+    """The run's folder as the words say it, where that is known beforehand."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,4 +120,27 @@ class Launcher(ABC):
 
         Returns:
             The exit code: 0 finished, 2 wrong input, 75 stopped with a checkpoint, another one: failed.
+        """
+
+
+class ArrayLauncher(Launcher):
+    """One that takes many jobs at once, as one; how many of them run at the same time is then its own business."""
+
+    @abstractmethod
+    def start_array(self, jobs: Sequence[LaunchJob]) -> Sequence[LaunchedJob]:
+        """Hand jobs over that share a script and the folder that theirs are in, and come back at once.
+
+        Returns:
+            As many, in the same order.
+
+        Raises:
+            ConfigError: they aren't taken, none of them.
+        """
+
+    @abstractmethod
+    def shown_array(self, jobs: Sequence[LaunchJob]) -> str:
+        """What `start_array` would do, for people who only want to see it; nothing is asked or sent.
+
+        Raises:
+            ConfigError: they wouldn't be taken.
         """

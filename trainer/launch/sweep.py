@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from strategies.errors import ConfigError
-from trainer.launch.base import LaunchedJob, Launcher, LaunchJob, State, Status
+from trainer.launch.base import ArrayLauncher, LaunchedJob, Launcher, LaunchJob, State, Status
 from trainer.launch.book import Book, Entry, Objective, Standing
 from trainer.launch.search import Search
 from trainer.stop import EXIT_STOPPED
@@ -157,6 +157,8 @@ class Sweep:
                 entry.curves.setdefault(name, {})[int(entry.metrics["step"])] = entry.metrics[name]
 
     def _fill(self) -> None:
+        if isinstance(self._launcher, ArrayLauncher) and len(self._to_do) > 1 and not self._asked:
+            self._start_array(self._launcher)
         most = self._launcher.at_once
         while not self._asked and (most is None or len(self._running) < most):
             entry = self._to_do.pop(0) if self._to_do else self._asked_search()
@@ -171,16 +173,31 @@ class Sweep:
             self._entries[entry.name] = entry
         return entry
 
-    def _start(self, entry: Entry) -> None:
+    def _start_array(self, launcher: ArrayLauncher) -> None:
+        """All that are known; an error is everybody's, and ends the sweep."""
+        entries, self._to_do = self._to_do, []
+        jobs = launcher.start_array([self._plan.job(self._book.folder, entry) for entry in entries])
+        for entry, job in zip(entries, jobs, strict=True):
+            self._begin(entry)
+            self._is_running(entry, job)
+        self._book.save()  # at once: they must be found again whatever happens now
+
+    def _begin(self, entry: Entry) -> None:
         entry.before_s, entry.begun, entry.detail = entry.seconds, time.time(), ""
+
+    def _is_running(self, entry: Entry, job: LaunchedJob) -> None:
+        self._running[entry.name] = job
+        entry.standing, entry.handle = Standing.running, job.handle
+
+    def _start(self, entry: Entry) -> None:
+        self._begin(entry)
         try:
             job = self._launcher.start(self._plan.job(self._book.folder, entry))
         except ConfigError as error:
             entry.standing, entry.detail = Standing.failed, f"ConfigError: {error}"
             self._search.over(entry)
             return
-        self._running[entry.name] = job
-        entry.standing, entry.handle = Standing.running, job.handle
+        self._is_running(entry, job)
         self._book.save()  # at once: it must be found again whatever happens now
 
     def _pass_on(self) -> None:
