@@ -25,7 +25,7 @@ import strategies
 from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, SMDDPBackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
-from trainer import checkpoint, data, hooks, launch, metrics, models, optim, schedule
+from trainer import checkpoint, data, hooks, launch, metrics, models, optim, profiling, schedule
 from trainer.complaints import CONF, SEVERAL, explained, options
 from trainer.launch import Launcher
 from trainer.place import Run
@@ -50,6 +50,7 @@ class Config:
     checkpoint: Any = MISSING
     logger: dict[str, Any] = field(default_factory=dict)
     hooks: dict[str, Any] = field(default_factory=dict)
+    profiler: Any | None = None
     trainer: Any = MISSING
     run: Run = field(default_factory=Run)
     seed: int = 0
@@ -82,6 +83,7 @@ _SCHEMAS: tuple[type, ...] = (
     *metrics.SCHEMAS,
     *models.SCHEMAS,
     *optim.SCHEMAS,
+    *profiling.SCHEMAS,
     *schedule.SCHEMAS,
 )
 

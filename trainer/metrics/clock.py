@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import TracebackType
+from typing import Any
+
+from strategies.timing import phase
 
 COMPUTE = "compute"
 KINDS = (COMPUTE, "data", "checkpoint", "evaluation", "hooks")
@@ -16,7 +20,8 @@ class StepClock:
 
     Whatever isn't measured as `data`, `checkpoint`, `evaluation` or `hooks` is compute: on an
     accelerator the host only queues work, and the wait for it shows up wherever a number is read.
-    Communication that no compute hides is taken out of compute, where the strategy knows it.
+    Communication that no compute hides is taken out of compute, where the strategy knows it. An accelerator's is known
+    of single steps alone, which are watched more closely (`sampled`); the steps after one are taken to be like it.
 
     A step's time is its compute, communication and data. Evaluation, checkpoints and hooks are how
     often somebody wants to look, not speed, so they don't count in `step_s` and `tokens_per_s`; how
@@ -30,12 +35,16 @@ class StepClock:
         self._window = dict.fromkeys(KINDS, 0.0)
         self._before = dict.fromkeys(KINDS, 0.0)
         self._communication_before: float | None = 0.0
+        self._hidden_before = 0.0
+        self.sampled: tuple[float, float] | None = None
+        """Seconds of communication of the step that was watched last: exposed, and in all."""
         self._begin_window()
         self._measures = {kind: _Measure(self, kind) for kind in KINDS}
 
     def _begin_window(self) -> None:
         self._window = dict.fromkeys(KINDS, 0.0)
         self._communication: float | None = 0.0
+        self._hidden = 0.0
         self._steps = 0
         self._tokens = 0
 
@@ -43,19 +52,25 @@ class StepClock:
         """A context whose time counts as `kind`, one of `KINDS`; an inner one takes its time from the outer."""
         return self._measures[kind]
 
-    def step_done(self, communication_s: float | None = None, *, tokens: int = 0) -> None:
+    def step_done(
+        self, communication_s: float | None = None, communication_total_s: float | None = None, *, tokens: int = 0
+    ) -> None:
         """Count an optimizer step.
 
         Args:
             communication_s: seconds of it that waited for other ranks and hid behind no compute; None: not known.
+            communication_total_s: those that hid behind compute too; None: not known.
             tokens: real tokens of it, of all ranks together.
         """
         self._steps += 1
         self._tokens += tokens
+        if communication_s is None and self.sampled is not None:
+            communication_s, communication_total_s = self.sampled
         if communication_s is None or self._communication is None:
             self._communication = None
         else:
             self._communication += communication_s
+            self._hidden += max(0.0, (communication_total_s or 0.0) - communication_s)
 
     def window(self) -> dict[str, float]:
         """Means over the steps since the last call, up to now.
@@ -63,7 +78,7 @@ class StepClock:
         Returns:
             `step_s`, `tokens_per_s` (real tokens of all ranks), and of each step `data_s`, `compute_s`,
             `communication_s` (absent where not known) and `checkpoint_s`. The first three parts add up
-            to `step_s`. Empty if no step was done.
+            to `step_s`. `communication_total_s` has what hid behind compute as well. Empty if no step was done.
         """
         if self._steps == 0:
             return {}
@@ -78,6 +93,7 @@ class StepClock:
         }
         if communication is not None:
             found["communication_s"] = communication / self._steps
+            found["communication_total_s"] = (communication + self._hidden) / self._steps
         found["checkpoint_s"] = spent["checkpoint"] / self._steps
         self._close_window()
         return found
@@ -98,6 +114,10 @@ class StepClock:
             found["communication_s"] = communication
         return found
 
+    def hidden_s(self) -> float:
+        """Seconds of communication of this start that compute hid, as far as is known."""
+        return self._hidden_before + self._hidden
+
     def lap(self) -> float:
         """Wall-clock seconds since the last call, or since the beginning."""
         now = self._now()
@@ -115,6 +135,7 @@ class StepClock:
             self._communication_before = None
         else:
             self._communication_before += self._communication
+        self._hidden_before += self._hidden
         self._begin_window()
 
     def _switch(self, kind: str) -> str:
@@ -128,17 +149,21 @@ class StepClock:
 class _Measure:
     """A class and not a generator: entering and leaving takes well under a microsecond."""
 
-    __slots__ = ("_clock", "_kind", "_outer")
+    __slots__ = ("_clock", "_kind", "_outer", "_phases")
 
     def __init__(self, clock: StepClock, kind: str) -> None:
         self._clock = clock
         self._kind = kind
         self._outer: list[str] = []
+        self._phases: list[AbstractContextManager[Any]] = []
 
     def __enter__(self) -> None:
+        self._phases.append(phase(self._kind))
+        self._phases[-1].__enter__()
         self._outer.append(self._clock._switch(self._kind))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._clock._switch(self._outer.pop())
+        self._phases.pop().__exit__(None, None, None)
