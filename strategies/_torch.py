@@ -39,7 +39,8 @@ class _Run:
     """What lives between `setup` and `close`."""
 
     plan: Plan
-    scaler: torch.amp.GradScaler | None
+    clock: CommunicationClock
+    scaler: torch.amp.GradScaler | None = None
 
 
 @dataclass(kw_only=True)
@@ -88,6 +89,10 @@ class TorchStrategy(Strategy):
         assert self._run is not None, "setup() comes first"
         return self._run
 
+    @property
+    def _clock(self) -> CommunicationClock:
+        return self._set_up.clock
+
     def init_context(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -97,17 +102,15 @@ class TorchStrategy(Strategy):
     ) -> tuple[nn.Module, Optimizer]:
         device = self._connected.device
         plan.precision.check(device)
-        self._clock = CommunicationClock(self._connected)
+        self._run = run = _Run(plan=plan, clock=CommunicationClock(self._connected))
         model = self._placed(model, weights, plan)
         wrapped = self._wrap(model, plan)
-        scaler = None
         if plan.precision.numbers is Numbers.fp16:
-            scaler = torch.amp.GradScaler(
+            run.scaler = torch.amp.GradScaler(
                 device.type,
                 init_scale=plan.precision.loss_scale,
                 growth_interval=plan.precision.growth_interval,
             )
-        self._run = _Run(plan=plan, scaler=scaler)
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         return self._joined(wrapped, make_optimizer(trained))
 

@@ -197,7 +197,7 @@ class Observer:
         peak = self._world.reduce([peak_memory_mib(self._world.device)], "max")[0]
         progress.seconds += self.clock.lap()
         more: dict[str, Any] = {"num_parameters": self._num_parameters, "world_size": self._world.size}
-        more |= {"stopped": stopped, "hidden_communication_s": self.clock.hidden_s()}
+        more |= {"stopped": stopped, "communication_total_s": self.clock.communication_total_s()}
         if self._world.rank == 0:
             try:
                 summary = write_summary(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -15,13 +16,51 @@ KINDS = (COMPUTE, "data", "checkpoint", "evaluation", "hooks")
 _IN_A_STEP = (COMPUTE, "data")
 
 
+@dataclass(slots=True)
+class _Communication:
+    """Of some steps: seconds where they are known, and how many steps they aren't known of."""
+
+    exposed_s: float = 0.0
+    whole_s: float = 0.0
+    unknown: int = 0
+    unknown_whole: int = 0
+
+    def step(self, exposed_s: float | None, whole_s: float | None) -> None:
+        if exposed_s is None:
+            self.unknown += 1
+        else:
+            self.exposed_s += exposed_s
+        if whole_s is None:
+            self.unknown_whole += 1
+        else:
+            self.whole_s += whole_s
+
+    def plus(self, other: _Communication) -> _Communication:
+        return _Communication(
+            self.exposed_s + other.exposed_s,
+            self.whole_s + other.whole_s,
+            self.unknown + other.unknown,
+            self.unknown_whole + other.unknown_whole,
+        )
+
+    def exposed(self, sampled: tuple[float, float] | None) -> float | None:
+        if self.unknown and sampled is None:
+            return None
+        return self.exposed_s + (self.unknown * sampled[0] if sampled is not None else 0.0)
+
+    def whole(self, sampled: tuple[float, float] | None) -> float | None:
+        if self.unknown_whole and sampled is None:
+            return None
+        return self.whole_s + (self.unknown_whole * sampled[1] if sampled is not None else 0.0)
+
+
 class StepClock:
     """Splits a run's wall-clock time into kinds; every moment belongs to exactly one of them.
 
     Whatever isn't measured as `data`, `checkpoint`, `evaluation` or `hooks` is compute: on an
     accelerator the host only queues work, and the wait for it shows up wherever a number is read.
     Communication that no compute hides is taken out of compute, where the strategy knows it. An accelerator's is known
-    of single steps alone, which are watched more closely (`sampled`); the steps after one are taken to be like it.
+    of single steps alone, which are watched more closely (`sampled`); the others are taken to be like the last of them.
 
     A step's time is its compute, communication and data. Evaluation, checkpoints and hooks are how
     often somebody wants to look, not speed, so they don't count in `step_s` and `tokens_per_s`; how
@@ -34,8 +73,7 @@ class StepClock:
         self._since = self._lapped = now()
         self._window = dict.fromkeys(KINDS, 0.0)
         self._before = dict.fromkeys(KINDS, 0.0)
-        self._communication_before: float | None = 0.0
-        self._hidden_before = 0.0
+        self._communication_before = _Communication()
         self.sampled: tuple[float, float] | None = None
         """Seconds of communication of the step that was watched last: exposed, and in all."""
         self._begin_window()
@@ -43,8 +81,7 @@ class StepClock:
 
     def _begin_window(self) -> None:
         self._window = dict.fromkeys(KINDS, 0.0)
-        self._communication: float | None = 0.0
-        self._hidden = 0.0
+        self._communication = _Communication()
         self._steps = 0
         self._tokens = 0
 
@@ -64,13 +101,7 @@ class StepClock:
         """
         self._steps += 1
         self._tokens += tokens
-        if communication_s is None and self.sampled is not None:
-            communication_s, communication_total_s = self.sampled
-        if communication_s is None or self._communication is None:
-            self._communication = None
-        else:
-            self._communication += communication_s
-            self._hidden += max(0.0, (communication_total_s or 0.0) - communication_s)
+        self._communication.step(communication_s, communication_total_s)
 
     def window(self) -> dict[str, float]:
         """Means over the steps since the last call, up to now.
@@ -84,6 +115,7 @@ class StepClock:
             return {}
         self._switch(self._kind)
         spent, communication = self._window, self._exposed(self._window, self._communication)
+        whole = self._communication.whole(self.sampled)
         in_steps = sum(spent[kind] for kind in _IN_A_STEP)
         found = {
             "step_s": in_steps / self._steps,
@@ -93,7 +125,8 @@ class StepClock:
         }
         if communication is not None:
             found["communication_s"] = communication / self._steps
-            found["communication_total_s"] = (communication + self._hidden) / self._steps
+        if whole is not None:
+            found["communication_total_s"] = whole / self._steps
         found["checkpoint_s"] = spent["checkpoint"] / self._steps
         self._close_window()
         return found
@@ -105,18 +138,16 @@ class StepClock:
         """
         self._switch(self._kind)
         spent = {kind: self._before[kind] + self._window[kind] for kind in KINDS}
-        known = self._communication_before is not None and self._communication is not None
-        communication = (self._communication_before or 0.0) + (self._communication or 0.0) if known else None
-        communication = self._exposed(spent, communication)
+        communication = self._exposed(spent, self._communication_before.plus(self._communication))
         found = {f"{kind}_s": seconds for kind, seconds in spent.items()}
         if communication is not None:
             found["compute_s"] -= communication
             found["communication_s"] = communication
         return found
 
-    def hidden_s(self) -> float:
-        """Seconds of communication of this start that compute hid, as far as is known."""
-        return self._hidden_before + self._hidden
+    def communication_total_s(self) -> float | None:
+        """Seconds of communication of this start, with those that hid behind compute; None: not known."""
+        return self._communication_before.plus(self._communication).whole(self.sampled)
 
     def lap(self) -> float:
         """Wall-clock seconds since the last call, or since the beginning."""
@@ -124,18 +155,15 @@ class StepClock:
         passed, self._lapped = now - self._lapped, now
         return passed
 
-    def _exposed(self, spent: dict[str, float], communication: float | None) -> float | None:
+    def _exposed(self, spent: dict[str, float], communication: _Communication) -> float | None:
         # Timed on the device, so it can run ahead of what the host has spent.
-        return None if communication is None else min(communication, spent[COMPUTE])
+        exposed = communication.exposed(self.sampled)
+        return None if exposed is None else min(exposed, spent[COMPUTE])
 
     def _close_window(self) -> None:
         for kind in KINDS:
             self._before[kind] += self._window[kind]
-        if self._communication is None or self._communication_before is None:
-            self._communication_before = None
-        else:
-            self._communication_before += self._communication
-        self._hidden_before += self._hidden
+        self._communication_before = self._communication_before.plus(self._communication)
         self._begin_window()
 
     def _switch(self, kind: str) -> str:
