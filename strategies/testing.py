@@ -83,6 +83,7 @@ class StrategyContract(Recipe, ABC):
         main = self.main_size()
         choices: dict[str, tuple[Any, ...]] = {
             "size": self.sizes,
+            "small_size": tuple(size for size in self.sizes if size <= 2) or (main,),
             "refused_size": self.refused_sizes,
             "accumulation": self.accumulations,
             "rule": tuple(RULES),
@@ -208,8 +209,8 @@ class StrategyContract(Recipe, ABC):
 
     # Where the time goes.
 
-    def test_communication_is_measured(self, workers: Workers, size: int) -> None:
-        late_s, job = 0.5, Job(numbers=self.exact, accumulation=2, steps=(0, 1, 2))
+    def test_communication_is_measured(self, workers: Workers, small_size: int) -> None:
+        size, late_s, job = small_size, 0.5, Job(numbers=self.exact, accumulation=2, steps=(0, 1, 2))
         ranks = workers.run(jobs.communication_job, size, type(self), job, late_s)
         for rank, steps in enumerate(ranks):
             for exposed, whole, took in steps:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from strategies.errors import ConfigError
+from strategies.timing import mark_phases
 from strategies.world import World
 from trainer.metrics.clock import StepClock
 
@@ -18,6 +20,10 @@ _MOST_STEPS = 100
 
 class Recording(ABC):
     """One recording on one rank. Nothing of it is on before `start` and after `stop`."""
+
+    @abstractmethod
+    def mark(self, name: str) -> AbstractContextManager[Any]:
+        """A range of that name in what is recorded."""
 
     @abstractmethod
     def start(self, first: int) -> None:
@@ -139,20 +145,30 @@ class Window:
         elif step == self._opens:
             self._opens = None  # once, also where the run is rolled back
             if self._world.rank in self._profiler.ranks:
-                with self._clock.measure("hooks"):
-                    self._recording = self._profiler.recording(self._world, self._folder / "profiles")
-                    self._recording.start(step + 1)
+                self._open(step + 1)
+
+    def _open(self, first: int) -> None:
+        recording = self._profiler.recording(self._world, self._folder / "profiles")
+        with self._clock.measure("hooks"):
+            try:
+                recording.start(first)
+            except Exception as error:  # the training matters more
+                self._say(f"profiler: it can't start, nothing is recorded: {type(error).__name__}: {error}")
+                return
+        self._recording = recording
+        mark_phases(recording.mark)
 
     def close(self, *, keep: bool) -> None:
         """End what is still on; may be called twice."""
         recording, self._recording, self._opens = self._recording, None, None
         if recording is None:
             return
+        mark_phases(None)
         with self._clock.measure("hooks"):
             try:
                 if told := recording.stop(keep=keep):
                     self._say(f"profiler: {told}")
-            except Exception as error:  # the training matters more
+            except Exception as error:
                 self._say(f"profiler: the result can't be written: {type(error).__name__}: {error}")
 
     def _ranks(self) -> str:

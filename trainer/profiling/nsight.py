@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import torch
 
 from strategies.errors import ConfigError
-from strategies.timing import mark_phases
 from strategies.world import World
 from trainer.profiling.base import AbstractProfiler, Recording
 
@@ -34,10 +34,13 @@ class NsightProfiler(AbstractProfiler):
 
 
 class _NsightRecording(Recording):
+    def mark(self, name: str) -> AbstractContextManager[Any]:
+        marked: AbstractContextManager[Any] = torch.cuda.nvtx.range(name)
+        return marked
+
     def start(self, first: int) -> None:
         torch.cuda.synchronize()  # what was queued before isn't of this step
         torch.cuda.profiler.start()  # type: ignore[no-untyped-call]
-        mark_phases(torch.cuda.nvtx.range)
         self._first = self._next = first
         torch.cuda.nvtx.range_push(f"step {first}")  # type: ignore[no-untyped-call]
 
@@ -47,7 +50,6 @@ class _NsightRecording(Recording):
         torch.cuda.nvtx.range_push(f"step {self._next}")  # type: ignore[no-untyped-call]
 
     def stop(self, *, keep: bool) -> str:
-        mark_phases(None)
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize()  # what is queued still belongs to it
         torch.cuda.profiler.stop()  # type: ignore[no-untyped-call]

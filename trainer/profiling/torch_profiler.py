@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, Any, final
 
-from strategies.timing import mark_phases
 from strategies.world import World
 from trainer.metrics.logs import LOGGER
 from trainer.profiling.base import AbstractProfiler, Recording
@@ -54,8 +54,13 @@ class _TorchRecording(Recording):
     def __init__(self, wanted: TorchProfiler, world: World, folder: Path) -> None:
         self._wanted, self._world, self._folder = wanted, world, folder
 
+    def mark(self, name: str) -> AbstractContextManager[Any]:
+        from torch.profiler import record_function
+
+        return record_function(name)
+
     def start(self, first: int) -> None:
-        from torch.profiler import ProfilerActivity, profile, record_function
+        from torch.profiler import ProfilerActivity, profile
 
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it says on stderr that it starts and stops
         on_device = self._world.device.type == "cuda"
@@ -72,7 +77,6 @@ class _TorchRecording(Recording):
             )
             self._profile.step_num = first  # so that the timeline counts as the run does
             self._profile.start()
-        mark_phases(record_function)
 
     def _action(self, step: int) -> ProfilerAction:
         from torch.profiler import ProfilerAction
@@ -88,7 +92,6 @@ class _TorchRecording(Recording):
         self._profile.step()
 
     def stop(self, *, keep: bool) -> str:
-        mark_phases(None)
         last = self._profile.step_num - 1
         self._profile.stop()
         if not keep or last < self._first:
