@@ -36,6 +36,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_IN_STEP: dict[int, CommunicationClock] = {}
+"""Threads that are in a step which is measured."""
+
+
 class CommunicationClock:
     """Used as a context around the parts of a step; only the thread that entered it is measured.
 
@@ -47,7 +51,6 @@ class CommunicationClock:
         self._alone = world.size == 1
         self._on = world.device.type == "cpu" and not self._alone
         self._depth = 0
-        self._thread = 0
         self._waited: list[Span] = []
         self._sent: list[Span] = []
         self._flights: list[_Flight] = []
@@ -61,7 +64,7 @@ class CommunicationClock:
             if not self._timed:
                 self._plain = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
                 self._timed = {name: self._timing(function) for name, function in self._plain.items()}
-            self._thread = threading.get_ident()
+            _IN_STEP[threading.get_ident()] = self
             vars(dist).update(self._timed)
 
     def __exit__(
@@ -70,7 +73,7 @@ class CommunicationClock:
         self._depth -= 1
         if self._on and self._depth == 0:
             vars(dist).update(self._plain)
-            self._thread = 0
+            _IN_STEP.pop(threading.get_ident(), None)
             for flight in self._flights:
                 if flight.end is None and _is_over(flight.work):
                     flight.end = time.perf_counter()  # the other thread hasn't come to it
@@ -94,7 +97,7 @@ class CommunicationClock:
     @property
     def listens(self) -> bool:
         """Whether this thread is in a step, and measured."""
-        return self._thread == threading.get_ident()
+        return _IN_STEP.get(threading.get_ident()) is self
 
     def waited(self, begin: float) -> None:
         """This rank has waited since `begin`, of `time.perf_counter`, for communication that begun then or earlier."""
@@ -186,27 +189,32 @@ for _name in dir(dist.Work):
 
 
 class ReducerWatch:
-    """Hears what DistributedDataParallel sends, which it does from C++; until it is let go."""
+    """While one of these lives, what DistributedDataParallel sends is heard, though it does so from C++."""
 
-    def __init__(self, clock: CommunicationClock) -> None:
-        self._library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
-        for name in _FROM_CPP:
-            operator = getattr(torch.ops.c10d, name).default
-            # It waits at once for what it broadcasts: buffers, and how gradients are put together.
-            called = _followed(operator, weakref.ref(clock), awaited=name == "broadcast_")
-            self._library.impl(name, called, "AutogradCPU", with_keyset=True)  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        library = _LIBRARIES.get("c10d")  # a next model is wrapped before the last one is gone
+        if library is None:
+            library = torch.library.Library("c10d", "IMPL")  # type: ignore[no-untyped-call]
+            for name in _FROM_CPP:
+                # It waits at once for what it broadcasts: buffers, and how gradients are put together.
+                called = _followed(getattr(torch.ops.c10d, name).default, awaited=name == "broadcast_")
+                library.impl(name, called, "AutogradCPU", with_keyset=True)  # type: ignore[no-untyped-call]
+            _LIBRARIES["c10d"] = library
+        self._library = library
 
 
-def _followed(operator: Any, known: weakref.ref[CommunicationClock], *, awaited: bool) -> Callable[..., Any]:
+_LIBRARIES: weakref.WeakValueDictionary[str, torch.library.Library] = weakref.WeakValueDictionary()
+
+
+def _followed(operator: Any, *, awaited: bool) -> Callable[..., Any]:
     below = torch._C._after_autograd_keyset
 
     def call(keys: Any, *args: Any, **kwargs: Any) -> Any:
-        clock = known()
-        if clock is None or not clock.listens:
-            return operator.redispatch(keys & below, *args, **kwargs)
+        clock = _IN_STEP.get(threading.get_ident())
         begin = time.perf_counter()
         results = operator.redispatch(keys & below, *args, **kwargs)
-        clock.follow(begin, dist.Work.unbox(results[1]), awaited=awaited)
+        if clock is not None:
+            clock.follow(begin, dist.Work.unbox(results[1]), awaited=awaited)
         return results
 
     return call

@@ -105,7 +105,7 @@ class Replica:
         # handle lets go of the lock first; a module's attributes die in the order in which they were set.
         model.__dict__["_group_outlives_reducer"] = model.process_group
         self._clock = communication
-        self._watch = ReducerWatch(communication) if world.device.type == "cpu" and world.size > 1 else None
+        self._watch = ReducerWatch() if world.device.type == "cpu" and world.size > 1 else None
         if self._watch is not None:
             model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]
 

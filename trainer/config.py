@@ -92,7 +92,7 @@ def register(group: str, name: str) -> Callable[[C], C]:
     """Make a class of your own a choice: `@register("hooks", "mine")`, then `hooks=[mine]`.
 
     Args:
-        group: `data`, `model`, `optimizer`, `schedule`, `hooks`, `logger` or `strategy`.
+        group: `data`, `model`, `optimizer`, `schedule`, `hooks`, `logger`, `profiler` or `strategy`.
         name: the word after `group=`.
     """
 
@@ -257,7 +257,8 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
         ConfigError: whatever else is wrong.
     """
     # Elsewhere an experiment is added, here it is a group like the others: either way will do.
-    words = [word.removeprefix("+") if word.startswith("+experiment=") else word for word in overrides]
+    words = [word.removeprefix("+") if word.startswith(("+experiment=", "+profiler=")) else word for word in overrides]
+    words = ["~profiler" if word == "profiler=null" else word for word in words]  # Hydra has no null on a command line
     for _ in range(len(words) + 1):
         try:
             return compose_with(words)
@@ -358,7 +359,8 @@ def _refuse_without_class(config: DictConfig) -> None:
     for item in dataclasses.fields(Config):
         if item.name not in config:
             raise ConfigError(f"Configuration: {item.name} was taken away and is needed. Leave it in ({item.name}).")
-        if item.type == "Any" and not _has_class(config[item.name]):
+        value = config[item.name]
+        if not _has_class(value) and (item.type == "Any" or (item.type == "Any | None" and value is not None)):
             known = ", ".join(options(item.name))
             raise ConfigError(
                 f"Configuration: nothing is chosen for {item.name}. Choose one: {item.name}=... of {known} "
