@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from strategies._communication import CommunicationClock, ReducerWatch
 from strategies.base import Collective, Footprint, ModelSpec, Plan, WorldSpec
 from strategies.errors import ConfigError
 from strategies.world import World
@@ -92,16 +93,20 @@ def predicted(
 class Replica:
     """A model under DistributedDataParallel: the backward pass that averages gradients, and the clock on it."""
 
-    def __init__(self, model: DistributedDataParallel, world: World, owner: str) -> None:
+    def __init__(
+        self, model: DistributedDataParallel, world: World, owner: str, communication: CommunicationClock
+    ) -> None:
         """`owner`: the strategy's class, for its messages."""
         # Neither the model, since a next one is set up before this is gone, nor the groups of the world.
-        self._store, self._on_cpu, self._owner = world.store, world.device.type == "cpu", owner
+        self._store, self._owner = world.store, owner
         self._measured = 0  # the reducer's iteration whose communication was reported last
         # After `close` the reducer may be the last owner of the group, and it would join the group's threads
         # while it holds Python's lock, for which such a thread waits to drop a hook's future. The group's own
         # handle lets go of the lock first; a module's attributes die in the order in which they were set.
         model.__dict__["_group_outlives_reducer"] = model.process_group
-        if self._on_cpu:
+        self._clock = communication
+        self._watch = ReducerWatch() if world.device.type == "cpu" and world.size > 1 else None
+        if self._watch is not None:
             model._set_ddp_runtime_logging_sample_rate(1)  # type: ignore[no-untyped-call]
 
     def synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -132,18 +137,21 @@ class Replica:
             store.set(_UNUSED_KEY, message)
             raise ConfigError(message) from error
 
-    def communication_s(self, model: nn.Module) -> float | None:
-        """Exposed communication of the step just taken, from the clock that torch keeps in the reducer.
+    def communication(self, model: nn.Module) -> tuple[float | None, float | None]:
+        """Seconds of the step just taken: exposed, and in all; None where that isn't measured here."""
+        exposed, whole = self._clock.take()
+        waited = None if self._watch is None else self._waited_s(model)
+        if exposed is None or whole is None or waited is None:
+            return exposed, whole
+        return exposed + waited, max(whole, exposed + waited)
 
-        On CPU of this very step (30 us). On a GPU torch reads its events in a sample of the steps, in
-        the forward after; reading them here would make the device wait, so the value is one step old.
-        """
+    def _waited_s(self, model: nn.Module) -> float | None:
+        """How long gradients were waited for after backward, from the clock that torch keeps in the reducer: 30 us."""
         assert isinstance(model, DistributedDataParallel)
         logger = model.logger
         if logger is None:
             return None
-        if self._on_cpu:
-            logger.set_runtime_stats_and_log()
+        logger.set_runtime_stats_and_log()
         known = logger._get_ddp_logging_data().ints_map
         iteration = known.get("iteration", 0)
         if iteration == self._measured or "backward_comm_time" not in known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import importlib.util
 import inspect
 import logging
@@ -59,11 +60,17 @@ def brought_in(device: torch.device) -> ModuleType:
     with unheard():
         if comm.cdb is None:
             deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
-            for name, newer in (("all_gather", "all_gather_single"), ("reduce_scatter", "reduce_scatter_single")):
-                if hasattr(dist, newer):  # torch 2.13 warns about the names that DeepSpeed knows
-                    setattr(comm.cdb, f"{name}_function", getattr(dist, newer))
+            for name, older in (("all_gather", "all_gather_into_tensor"), ("reduce_scatter", "reduce_scatter_tensor")):
+                newer = f"{name}_single"  # torch 2.13 warns about the names that DeepSpeed knows
+                called = newer if hasattr(dist, newer) else older
+                setattr(comm.cdb, f"{name}_function", functools.partial(_by_name, called))
     module: ModuleType = deepspeed
     return module
+
+
+def _by_name(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Look it up anew each time: steps are timed by what stands under that name."""
+    return getattr(dist, name)(*args, **kwargs)
 
 
 def say_local_rank(rank: int) -> None:

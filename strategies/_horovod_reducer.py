@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from strategies._communication import CommunicationClock
 from strategies._horovod_start import library
 from strategies.errors import ConfigError
 
@@ -27,12 +29,13 @@ class Reducer:
         average: add up, then divide; else divide, then add up.
         adasum: Adasum instead of a sum.
         fp16: let fp16 travel.
+        clock: is told when each gradient was on its way.
 
     Raises:
         ConfigError: Horovod can't send gradients of that dtype.
     """
 
-    def __init__(self, model: nn.Module, *, average: bool, adasum: bool, fp16: bool) -> None:
+    def __init__(self, model: nn.Module, *, average: bool, adasum: bool, fp16: bool, clock: CommunicationClock) -> None:
         self._horovod = library()
         self._fp16 = fp16
         self._op = self._horovod.Adasum if adasum else self._horovod.Average if average else self._horovod.Sum
@@ -45,7 +48,9 @@ class Reducer:
                     f"HorovodStrategy: the parameter {name!r} is {value.dtype}, which Horovod can't reduce. "
                     "Train fp32 weights, with precision=bf16 around them (precision), or use strategy=ddp (strategy)."
                 )
+        self._clock = clock
         self._under_way: dict[str, tuple[int, Tensor]] = {}
+        self._begun: dict[int, float] = {}  # handles that aren't known to be done, in order
         self._sending = False
         self._hooks = [
             value.register_post_accumulate_grad_hook(functools.partial(self._ready, name))  # type: ignore[no-untyped-call]
@@ -61,6 +66,7 @@ class Reducer:
     def sending(self) -> Iterator[None]:
         """Around the backward whose gradients are complete."""
         self._under_way.clear()
+        self._begun.clear()
         self._sending = True
         try:
             with self._connected():
@@ -83,6 +89,12 @@ class Reducer:
                     f"the parameter {name!r} got a gradient twice in one backward, the first of which has been sent"
                 )
             self._send(name, parameter)
+            self._note_done()
+
+    def _note_done(self) -> None:
+        """Seen whenever a gradient is ready, so in time by that much; handles that come first are done first."""
+        while self._begun and self._horovod.poll(handle := next(iter(self._begun))):
+            self._clock.sent(self._begun.pop(handle))
 
     def _send(self, name: str, parameter: nn.Parameter) -> None:
         assert parameter.grad is not None
@@ -92,7 +104,9 @@ class Reducer:
         self._under_way[name] = self._start(sent, name), sent
 
     def _start(self, sent: Tensor, name: str) -> int:
+        begin = time.perf_counter()
         handle: int = self._horovod.allreduce_async_(sent, name=name, op=self._op, prescale_factor=self._scale)
+        self._begun[handle] = begin
         return handle
 
     def wait(self) -> None:
@@ -103,6 +117,7 @@ class Reducer:
         """
         unused = [name for name, value in self._trained.items() if value.grad is None]
         with self._connected():
+            self._note_done()
             handle, counts = self._count(unused)
             for name, value in self._trained.items():
                 if value.grad is None:
@@ -110,16 +125,21 @@ class Reducer:
                 if name not in self._under_way:  # perhaps used, but not by the last micro-batch
                     self._send(name, value)
             for name, (each, sent) in self._under_way.items():
-                self._horovod.synchronize(each)
+                self._synchronize(each)
                 gradient = self._trained[name].grad
                 assert gradient is not None
                 if sent is not gradient:
                     gradient.copy_(sent)
-            self._horovod.synchronize(handle)
+            self._synchronize(handle)
         self._under_way.clear()
         for name, count in zip(self._trained, counts.tolist(), strict=True) if unused else ():
             if count == 0:
                 self._trained[name].grad = None
+
+    def _synchronize(self, handle: int) -> None:
+        self._horovod.synchronize(handle)
+        if (begin := self._begun.pop(handle, None)) is not None:
+            self._clock.sent(begin)
 
     def _count(self, unused: list[str]) -> tuple[int, Tensor]:
         """Start to count who used what. It travels as the gradients do, so that it travels with them."""

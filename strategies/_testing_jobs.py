@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -306,6 +307,22 @@ def reference_evaluation(full: dict[str, Tensor], step: int, data_size: int) -> 
     batch = make_batch(range(step * GLOBAL_BATCH, step * GLOBAL_BATCH + end))
     with torch.no_grad():
         return float(loss(model(**batch.inputs), batch).loss) / batch.num_targets
+
+
+def communication_job(recipe: type[Recipe], job: Job, late_s: float) -> list[tuple[float | None, float | None, float]]:
+    """Of each step its exposed and its whole communication, and how long it took; the last rank is late in the last."""
+    rig, found = Rig(recipe, job), []
+    for step in job.steps:
+        batches = rig.batches(step)
+        (total,) = rig.world.reduce([sum(batch.num_targets for batch in batches)])
+        begin = time.perf_counter()
+        if step == job.steps[-1] and rig.world.rank == rig.world.size - 1:
+            time.sleep(late_s)
+        rig.strategy.forward_backward(rig.model, batches, loss, total)
+        info = rig.strategy.step(rig.model, rig.optimizer)
+        found.append((info.communication_s, info.communication_total_s, time.perf_counter() - begin))
+    rig.strategy.close()
+    return found
 
 
 def try_out_job(recipe: type[Recipe], job: Job, everybody: bool) -> Record:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from strategies._blocks import find_blocks
+from strategies._communication import CommunicationClock, measured
 from strategies.base import (
     Batch,
     LossFunction,
@@ -29,6 +30,7 @@ from strategies.base import (
 )
 from strategies.errors import ConfigError
 from strategies.precision import Numbers, Precision
+from strategies.timing import phase
 from strategies.world import World
 
 
@@ -37,7 +39,8 @@ class _Run:
     """What lives between `setup` and `close`."""
 
     plan: Plan
-    scaler: torch.amp.GradScaler | None
+    clock: CommunicationClock
+    scaler: torch.amp.GradScaler | None = None
 
 
 @dataclass(kw_only=True)
@@ -70,9 +73,9 @@ class TorchStrategy(Strategy):
         """The norm over all ranks, from that of this rank's part of the gradients."""
         return norm
 
-    @abstractmethod
-    def _communication_s(self, model: nn.Module) -> float | None:
-        """Exposed communication of the step just taken."""
+    def _communication(self, model: nn.Module) -> tuple[float | None, float | None]:
+        """Seconds of communication of the step just taken: exposed, and in all; None: not known."""
+        return self._clock.take()
 
     # What follows from it.
 
@@ -86,6 +89,10 @@ class TorchStrategy(Strategy):
         assert self._run is not None, "setup() comes first"
         return self._run
 
+    @property
+    def _clock(self) -> CommunicationClock:
+        return self._set_up.clock
+
     def init_context(self, plan: Plan) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
@@ -95,16 +102,15 @@ class TorchStrategy(Strategy):
     ) -> tuple[nn.Module, Optimizer]:
         device = self._connected.device
         plan.precision.check(device)
+        self._run = run = _Run(plan=plan, clock=CommunicationClock(self._connected))
         model = self._placed(model, weights, plan)
         wrapped = self._wrap(model, plan)
-        scaler = None
         if plan.precision.numbers is Numbers.fp16:
-            scaler = torch.amp.GradScaler(
+            run.scaler = torch.amp.GradScaler(
                 device.type,
                 init_scale=plan.precision.loss_scale,
                 growth_interval=plan.precision.growth_interval,
             )
-        self._run = _Run(plan=plan, scaler=scaler)
         trained = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
         return self._joined(wrapped, make_optimizer(trained))
 
@@ -121,6 +127,7 @@ class TorchStrategy(Strategy):
             model.compile()
         return model
 
+    @measured
     def forward_backward(
         self, model: nn.Module, batches: Sequence[Batch], loss_function: LossFunction, total: float
     ) -> LossSum:
@@ -136,14 +143,15 @@ class TorchStrategy(Strategy):
         weight = world.data_size / total
         for index, batch in enumerate(map(self._in_master_dtype, batches)):
             with self._synchronised(model, last=index == run.plan.accumulation - 1):
-                with run.plan.precision.autocast(world.device):
+                with phase("forward"), run.plan.precision.autocast(world.device):
                     terms = loss_function(model(**batch.inputs), batch)
                 loss = terms.loss * weight
                 if terms.auxiliary is not None:
                     loss = loss + terms.auxiliary / run.plan.accumulation
                 if run.scaler is not None:
                     loss = run.scaler.scale(loss)
-                self._backward(model, loss)
+                with phase("backward"):
+                    self._backward(model, loss)
             sums.add(terms, batch.num_targets)
         return sums
 
@@ -170,6 +178,7 @@ class TorchStrategy(Strategy):
             return batch
         return batch.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
 
+    @measured
     def step(self, model: nn.Module, optimizer: Optimizer) -> StepInfo:
         run = self._set_up
         if run.scaler is not None:
@@ -183,7 +192,8 @@ class TorchStrategy(Strategy):
         if run.scaler is not None:
             run.scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        return StepInfo(grad_norm=norm, skipped=skipped, communication_s=self._communication_s(model))
+        exposed, whole = self._communication(model)
+        return StepInfo(grad_norm=norm, skipped=skipped, communication_s=exposed, communication_total_s=whole)
 
     def weights(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         return weights_by_name(self._bare(model))[0]

@@ -127,7 +127,7 @@ class AccelerateStrategy(TorchStrategy):
         self._accelerator.ddp_handler = handler
         wrapped: nn.Module = self._accelerator.prepare(model)
         if isinstance(wrapped, DistributedDataParallel):
-            self._replica = Replica(wrapped, self._connected, type(self).__name__)
+            self._replica = Replica(wrapped, self._connected, type(self).__name__, self._clock)
         self._accelerator.free_memory()  # it would hold the model beyond its time
         return wrapped
 
@@ -179,10 +179,8 @@ class AccelerateStrategy(TorchStrategy):
     def _global_norm(self, norm: Tensor) -> Tensor:
         return norm if self._shards is None else self._shards.global_norm(norm)
 
-    def _communication_s(self, model: nn.Module) -> float | None:
-        if self._replica is not None:
-            return self._replica.communication_s(model)
-        return 0.0 if self._connected.size == 1 else None
+    def _communication(self, model: nn.Module) -> tuple[float | None, float | None]:
+        return super()._communication(model) if self._replica is None else self._replica.communication(model)
 
 
 def _accelerator(config: AccelerateConfig, launch: Launch, world: World) -> Any:

@@ -138,6 +138,7 @@ class StepInfo:
     """0-d bool: the norm wasn't finite and nothing was updated; equal on every rank."""
     communication_s: float | None = None
     """Seconds of this step that waited for other ranks and hid behind no compute; None: not known."""
+    communication_total_s: float | None = None  # the hidden ones too
 
 
 @dataclass(kw_only=True)
@@ -256,8 +257,7 @@ class Footprint:
     buffers_bytes: int
     """The most that a step takes besides: gathered weights, gradients under way."""
     collectives: tuple[Collective, ...]
-    host_bytes: int = 0
-    """How much of all this lies in host memory instead of the device's."""
+    host_bytes: int = 0  # how much of all this lies in host memory instead of the device's
     nvme_bytes: int = 0  # how much lies on NVMe, in neither
 
     @property

@@ -121,7 +121,7 @@ class DDPStrategy(TorchStrategy):
             ),
         )
         self._register_hook(wrapped)
-        self._replica = Replica(wrapped, self._connected, type(self).__name__)
+        self._replica = Replica(wrapped, self._connected, type(self).__name__, self._clock)
         return wrapped
 
     def _register_hook(self, model: DistributedDataParallel) -> None:
@@ -148,6 +148,6 @@ class DDPStrategy(TorchStrategy):
         assert self._replica is not None
         return self._replica.synchronised(model, last)
 
-    def _communication_s(self, model: nn.Module) -> float | None:
+    def _communication(self, model: nn.Module) -> tuple[float | None, float | None]:
         assert self._replica is not None
-        return self._replica.communication_s(model)
+        return self._replica.communication(model)

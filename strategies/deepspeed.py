@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from strategies._communication import measured
 from strategies._deepspeed import (
     brought_in,
     check_installed,
@@ -219,6 +220,7 @@ class DeepSpeedStrategy(TorchStrategy):
     def _backward(self, model: nn.Module, loss: Tensor) -> None:
         self._engine.backward(loss, scale_wrt_gas=False)
 
+    @measured
     def forward_backward(
         self, model: nn.Module, batches: Sequence[Batch], loss_function: LossFunction, total: float
     ) -> LossSum:
@@ -244,6 +246,7 @@ class DeepSpeedStrategy(TorchStrategy):
             take_over(self._statistics)
         yield
 
+    @measured
     def step(self, model: nn.Module, optimizer: Optimizer) -> StepInfo:
         run, world, zero = self._set_up, self._connected, self._engine.optimizer
         self._partitions.skip(self._unused())
@@ -257,10 +260,8 @@ class DeepSpeedStrategy(TorchStrategy):
         if run.scaler is not None:
             norm = norm / run.scaler.get_scale()
             self._rescale(run.scaler, skipped)
-        return StepInfo(grad_norm=norm, skipped=skipped, communication_s=self._communication_s(model))
-
-    def _communication_s(self, model: nn.Module) -> float | None:
-        return None
+        exposed, whole = self._communication(model)
+        return StepInfo(grad_norm=norm, skipped=skipped, communication_s=exposed, communication_total_s=whole)
 
     # The step.
 

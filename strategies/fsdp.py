@@ -203,9 +203,6 @@ class FSDPStrategy(TorchStrategy):
     def _global_norm(self, norm: Tensor) -> Tensor:
         return self._cut.global_norm(norm)
 
-    def _communication_s(self, model: nn.Module) -> float | None:
-        return None
-
     # Settings.
 
     def _refuse_out_of_range(self) -> None:

@@ -70,7 +70,6 @@ class HorovodStrategy(TorchStrategy):
         self._elastic: HorovodElastic | None = None
         self._reducer: Reducer | None = None
         self._statistics: list[Tensor] = []  # buffers that training changes
-        self._waited_s: float | None = None
         self._stop: weakref.finalize[[], HorovodStrategy] | None = None
 
     def elastic(self) -> HorovodElastic | None:
@@ -169,6 +168,7 @@ class HorovodStrategy(TorchStrategy):
                 average=self.op is Reduction.average,
                 adasum=self.op is Reduction.adasum,
                 fp16=self.compression is Compression.fp16,
+                clock=self._clock,
             )
         self._statistics = statistics_of(model) if world.size > 1 else []
         return model
@@ -186,11 +186,7 @@ class HorovodStrategy(TorchStrategy):
             yield
         begin = time.perf_counter()
         self._reducer.wait()
-        self._waited_s = time.perf_counter() - begin
-
-    def _communication_s(self, model: nn.Module) -> float | None:
-        """On CPU what was left to wait for after backward; a device may still have been computing then."""
-        return self._waited_s if self._connected.device.type == "cpu" else None
+        self._clock.waited(begin)
 
 
 def _share(value: Tensor) -> None:

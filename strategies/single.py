@@ -54,6 +54,3 @@ class SingleStrategy(TorchStrategy):
 
     def _synchronised(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
-
-    def _communication_s(self, model: nn.Module) -> float | None:
-        return 0.0

@@ -83,6 +83,7 @@ class StrategyContract(Recipe, ABC):
         main = self.main_size()
         choices: dict[str, tuple[Any, ...]] = {
             "size": self.sizes,
+            "small_size": tuple(size for size in self.sizes if size <= 2) or (main,),
             "refused_size": self.refused_sizes,
             "accumulation": self.accumulations,
             "rule": tuple(RULES),
@@ -205,6 +206,22 @@ class StrategyContract(Recipe, ABC):
         job = Job(rule="momentum", numbers=self.exact)
         heard = workers.run(jobs.refused_state_job, self.main_size(), type(self), job, problem)
         check_refusals(heard)
+
+    # Where the time goes.
+
+    def test_communication_is_measured(self, workers: Workers, small_size: int) -> None:
+        size, late_s, job = small_size, 0.5, Job(numbers=self.exact, accumulation=2, steps=(0, 1, 2))
+        ranks = workers.run(jobs.communication_job, size, type(self), job, late_s)
+        for rank, steps in enumerate(ranks):
+            for exposed, whole, took in steps:
+                assert exposed is not None, f"rank {rank} doesn't know its exposed communication"
+                assert whole is not None, f"rank {rank} doesn't know its communication"
+                assert 0 <= exposed <= whole <= took, f"rank {rank}: {exposed} s of {whole} s in a step of {took} s"
+                assert size > 1 or whole == 0, f"alone, {whole} s of communication"
+        if size > 1:
+            waited, late = ranks[0][-1][0], ranks[-1][-1][0]
+            assert waited > 0.8 * late_s, f"rank 0 waited {late_s} s for another, and reports {waited} s"
+            assert waited - late > 0.4 * late_s, f"rank 0 waited {waited} s for one that waited {late} s itself"
 
     # What goes wrong.
 

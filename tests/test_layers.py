@@ -18,7 +18,7 @@ OURS = {"conf", "scripts", "strategies", "tests", "trainer"}
 
 # In order: each may import those before it.
 SEAM = (
-    *("errors", "elastic", "launchers", "world", "ec2", "interfaces", "backends", "efa_rules", "efa"),
+    *("errors", "timing", "elastic", "launchers", "world", "ec2", "interfaces", "backends", "efa_rules", "efa"),
     *("precision", "activations", "base"),
 )
 ROLES = ("data", "models", "metrics", "checkpoint", "hooks")

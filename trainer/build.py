@@ -69,6 +69,7 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
                 checkpoints=parts["checkpoint"],
                 loggers=parts["logger"],
                 hooks=parts["hooks"],
+                profiler=parts.get("profiler"),
                 seed=config.seed,
                 resume=config.resume,
                 compile=config.compile,

@@ -26,7 +26,7 @@ from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, NeuronBac
 from strategies.efa import EFABackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
-from trainer import checkpoint, data, hooks, launch, metrics, models, optim, schedule
+from trainer import checkpoint, data, hooks, launch, metrics, models, optim, profiling, schedule
 from trainer.complaints import CONF, SEVERAL, explained, options
 from trainer.doctor import Doctor
 from trainer.launch import Launcher
@@ -52,6 +52,7 @@ class Config:
     checkpoint: Any = MISSING
     logger: dict[str, Any] = field(default_factory=dict)
     hooks: dict[str, Any] = field(default_factory=dict)
+    profiler: Any | None = None
     trainer: Any = MISSING
     run: Run = field(default_factory=Run)
     seed: int = 0
@@ -88,6 +89,7 @@ _SCHEMAS: tuple[type, ...] = (
     *metrics.SCHEMAS,
     *models.SCHEMAS,
     *optim.SCHEMAS,
+    *profiling.SCHEMAS,
     *schedule.SCHEMAS,
 )
 
@@ -96,7 +98,7 @@ def register(group: str, name: str) -> Callable[[C], C]:
     """Make a class of your own a choice: `@register("hooks", "mine")`, then `hooks=[mine]`.
 
     Args:
-        group: `data`, `model`, `optimizer`, `schedule`, `hooks`, `logger` or `strategy`.
+        group: `data`, `model`, `optimizer`, `schedule`, `hooks`, `logger`, `profiler` or `strategy`.
         name: the word after `group=`.
     """
 
@@ -261,7 +263,8 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
         ConfigError: whatever else is wrong.
     """
     # Elsewhere an experiment is added, here it is a group like the others: either way will do.
-    words = [word.removeprefix("+") if word.startswith("+experiment=") else word for word in overrides]
+    words = [word.removeprefix("+") if word.startswith(("+experiment=", "+profiler=")) else word for word in overrides]
+    words = ["~profiler" if word == "profiler=null" else word for word in words]  # Hydra has no null on a command line
     for _ in range(len(words) + 1):
         try:
             return compose_with(words)
@@ -362,7 +365,8 @@ def _refuse_without_class(config: DictConfig) -> None:
     for item in dataclasses.fields(Config):
         if item.name not in config:
             raise ConfigError(f"Configuration: {item.name} was taken away and is needed. Leave it in ({item.name}).")
-        if item.type == "Any" and not _has_class(config[item.name]):
+        value = config[item.name]
+        if not _has_class(value) and (item.type == "Any" or (item.type == "Any | None" and value is not None)):
             known = ", ".join(options(item.name))
             raise ConfigError(
                 f"Configuration: nothing is chosen for {item.name}. Choose one: {item.name}=... of {known} "

@@ -34,6 +34,8 @@ def refuse_contradictions(trainer: Trainer, job: Job) -> None:
             f"Trainer: global_batch={trainer.global_batch} is more than {_LARGEST_BATCH}. "
             "Count samples per optimizer step (trainer.global_batch)."
         )
+    if job.profiler is not None:
+        job.profiler.refuse_world(job.world)
     if job.precision.numbers is Numbers.fp16 and trainer.on_nonfinite.name != "skip":
         raise ConfigError(
             f"Trainer: on_nonfinite={trainer.on_nonfinite.name} can't go with precision=fp16, whose search for a loss "

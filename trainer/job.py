@@ -16,6 +16,7 @@ from trainer.hooks.base import Hook
 from trainer.metrics.base import AbstractLogger
 from trainer.models.base import AbstractModel
 from trainer.optim import AbstractOptimizer
+from trainer.profiling.base import AbstractProfiler
 from trainer.schedule import Schedule
 
 
@@ -37,6 +38,7 @@ class Job:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     loggers: Mapping[str, AbstractLogger] = field(default_factory=dict)
     hooks: Mapping[str, Hook] = field(default_factory=dict)
+    profiler: AbstractProfiler | None = None
     seed: int = 0
     resume: str = "auto"
     compile: bool = False

@@ -6,6 +6,7 @@ import contextlib
 import json
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from trainer.metrics.memory import peak_memory_mib
 from trainer.metrics.plots import write_plots
 from trainer.metrics.summary import summary_table, write_summary
 from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
+from trainer.profiling.base import AbstractProfiler, Window
+from trainer.profiling.sample import CommunicationSample
 from trainer.progress import Progress
 from trainer.run_folder import describe
 from trainer.secrets import hidden, redacted_words
@@ -45,6 +48,7 @@ class Observer:
         loggers: Mapping[str, AbstractLogger],
         config: Mapping[str, Any],
         strategy: str,
+        profiler: AbstractProfiler | None = None,
     ) -> None:
         """Ready to `say`; everything else comes after `open`.
 
@@ -54,6 +58,7 @@ class Observer:
             loggers: by name.
             config: resolved, without secrets.
             strategy: as it was chosen.
+            profiler: is turned on for some of the steps.
 
         Raises:
             ConfigError: a logger can't work here; on every rank where it lives.
@@ -70,6 +75,9 @@ class Observer:
         self._loggers = Loggers(here, self.say)
         self._loggers.join(world, folder)
         self._file: MetricsFile | None = None
+        self._window = None if profiler is None else Window(profiler, world, folder, self.clock, self.say)
+        self._may_sample = profiler is None or not profiler.has_device
+        self._sample = CommunicationSample(world, self.clock, self.say)
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -116,13 +124,21 @@ class Observer:
         plan = parts.plan
         self._global_batch = plan.micro_batch * plan.accumulation * self._world.data_size
         self._peak_flops = peak_flops(self._world.device, parts.plan.precision.numbers)
+        if self._window is not None:
+            self._window.begin(progress.step, total_steps)
         self.clock.lap()
+
+    def watching(self, every: int | None) -> AbstractContextManager[Any]:
+        """Around a step: on an accelerator one step in `every` is watched for its communication; None: none."""
+        return self._sample.around(every if self._may_sample else None)
 
     def advance(self, step: int) -> None:
         """A step was done; cheap."""
         self._step = step
         self._display.advance(step)
         self._loggers.advance(step)
+        if self._window is not None:
+            self._window.advance(step)
 
     def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
         """A step's numbers, with its times and memory added; the same on every rank but for the times."""
@@ -187,9 +203,12 @@ class Observer:
     def finish(self, progress: Progress, reason: str, *, stopped: bool) -> None:
         """Write the summary and the plots, and show them."""
         self._end("stopped" if stopped else "finished", reason)
+        if self._window is not None:
+            self._window.close(keep=True)
         peak = self._world.reduce([peak_memory_mib(self._world.device)], "max")[0]
         progress.seconds += self.clock.lap()
-        more = {"num_parameters": self._num_parameters, "world_size": self._world.size, "stopped": stopped}
+        more: dict[str, Any] = {"num_parameters": self._num_parameters, "world_size": self._world.size}
+        more |= {"stopped": stopped, "communication_total_s": self.clock.communication_total_s()}
         if self._world.rank == 0:
             try:
                 summary = write_summary(
@@ -245,6 +264,8 @@ class Observer:
         Args:
             error: what ended the run; None: nothing did, or nobody knows.
         """
+        if self._window is not None:
+            self._window.close(keep=False)
         if error is not None:
             outcome = "left" if isinstance(error, RanksChanged) else "failed"
             self._end(outcome, f"{type(error).__name__}: {error}")

@@ -78,8 +78,8 @@ class Session:
         limit = seconds(self.trainer.max_time, "trainer.max_time")
         grace = seconds(self.trainer.grace, "trainer.grace")
         self.request = StopRequest(limit, announce=self.world.rank == 0, grace_s=grace)
-        chosen = self.job.choices.get("strategy") or type(self.strategy).__name__
-        self.observer = Observer(self.job.folder, self.world, self.job.loggers, self.job.config, chosen)
+        job, chosen = self.job, self.job.choices.get("strategy") or type(self.strategy).__name__
+        self.observer = Observer(job.folder, self.world, job.loggers, job.config, chosen, job.profiler)
         self.clock = self.observer.clock
         decay = self.trainer.ema_decay
         self.average = None if decay is None else WeightAverage(decay)
@@ -184,7 +184,7 @@ class Session:
         self._fresh = {}
         if self.progress.step == self._begun_at + 1:
             self.keeper.prepare()
-        self.clock.step_done(info.communication_s, tokens=step.tokens)
+        self.clock.step_done(info.communication_s, info.communication_total_s, tokens=step.tokens)
         self.observer.advance(self.progress.step)
         self._note_saved()
 

@@ -13,6 +13,7 @@ from torch import nn
 from strategies.activations import COSTLY_OPERATORS, ActivationCheckpointing
 from strategies.base import Batch, LossTerms, Ratio
 from strategies.errors import ConfigError
+from strategies.timing import phase
 from trainer.data.base import Data, Sample
 from trainer.job import Job
 from trainer.models.base import Task
@@ -81,6 +82,8 @@ class Trainer:
     """selective: operators whose results are kept, such as aten.mm, with * and ?; empty: matrix products, attention."""
     log_every: int = 10
     """Optimizer steps between logged lines."""
+    communication_every: int | None = 1000
+    """Optimizer steps between those whose communication is measured on an accelerator; null: none. CPU: every step."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; null: only at the end."""
     eval_samples: int | None = None
@@ -92,7 +95,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "max_epochs", "max_tokens", "global_batch", "micro_batch", "clip_norm", "log_every",
-                    "eval_every", "eval_samples"):  # fmt: skip
+                    "communication_every", "eval_every", "eval_samples"):  # fmt: skip
             value = getattr(self, key)
             if value is not None and not value > 0:
                 raise ConfigError(
@@ -175,8 +178,10 @@ class Trainer:
             run.start()
             while (step := run.next_step()) is not None:
                 run.set_learning_rate()
-                losses = run.strategy.forward_backward(run.model, step.batches, self.loss, step.targets)
-                info = run.strategy.step(run.model, run.optimizer)
+                with run.observer.watching(self.communication_every):
+                    losses = run.strategy.forward_backward(run.model, step.batches, self.loss, step.targets)
+                    with phase("step"):
+                        info = run.strategy.step(run.model, run.optimizer)
                 run.count(step, info)
                 if run.due_to_log():
                     run.log(step, losses, info)

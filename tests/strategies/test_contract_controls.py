@@ -245,6 +245,24 @@ class DriftingRanks(DDPStrategy):
         return info
 
 
+@dataclass(kw_only=True)
+class SilentOnCommunication(DDPStrategy):
+    def _communication(self, model: nn.Module) -> tuple[float | None, float | None]:
+        return None, super()._communication(model)[1]
+
+
+@dataclass(kw_only=True)
+class HidesAllCommunication(DDPStrategy):
+    def _communication(self, model: nn.Module) -> tuple[float | None, float | None]:
+        return 0.0, super()._communication(model)[1]
+
+
+@dataclass(kw_only=True)
+class ComputeIsCommunication(DDPStrategy):
+    def step(self, model: nn.Module, optimizer: Optimizer) -> StepInfo:
+        return replace(super().step(model, optimizer), communication_s=1.0, communication_total_s=1.0)
+
+
 def contract(broken: type[Strategy]) -> type[StrategyContract]:
     """A contract over `broken`, which the workers find by name in this module."""
 
@@ -288,6 +306,10 @@ def non_finite(test: StrategyContract, workers: Workers) -> None:
     test.test_non_finite_step_changes_nothing(workers, "adamw")
 
 
+def communication(test: StrategyContract, workers: Workers) -> None:
+    test.test_communication_is_measured(workers, 2)
+
+
 FAULTS: list[tuple[type[Strategy], Check, str]] = [
     (ZeroedMoments, resume, "loss|weight|moment"),
     (ForgottenStepCount, resume, "loss|weight|moment"),
@@ -318,6 +340,9 @@ FAULTS: list[tuple[type[Strategy], Check, str]] = [
     (IgnoresPrecision, lambda t, w: t.test_lower_precision_stays_near(w, "bf16"), "isn't in force"),
     (LeavesGroups, lambda t, w: t.test_nothing_is_left_after_close(w, 2), "left|twice"),
     (DriftingRanks, sgd, "differ"),
+    (SilentOnCommunication, communication, "doesn't know"),
+    (HidesAllCommunication, communication, "rank 0 waited"),
+    (ComputeIsCommunication, communication, "in a step of"),
 ]
 for _broken, _, _ in FAULTS:
     contract(_broken)

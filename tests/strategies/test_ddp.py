@@ -181,7 +181,7 @@ def communication_job(accumulation: int) -> tuple[list[float | None], list[float
             rig.strategy.forward_backward(rig.model, batches, little.loss, 10.0)
         reported.append(rig.strategy.step(rig.model, rig.optimizer).communication_s)
         start = time.thread_time()
-        rig.strategy._communication_s(rig.model)  # type: ignore[attr-defined]
+        rig.strategy._communication(rig.model)  # type: ignore[attr-defined]
         costs.append(time.thread_time() - start)
     rig.strategy.close()
     return reported, costs

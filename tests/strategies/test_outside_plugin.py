@@ -63,9 +63,6 @@ class HandmadeStrategy(TorchStrategy):
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self._connected.data_size
-
-    def _communication_s(self, model: nn.Module) -> float | None:
-        return None
 '''
 
 _TEST = """

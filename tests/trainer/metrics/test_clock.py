@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 
 import pytest
 
+from strategies.timing import mark_phases
 from trainer.metrics.clock import StepClock
 
 
@@ -23,11 +25,19 @@ class Hand:
         self.at += seconds
 
 
-def step(clock: StepClock, hand: Hand, *, data: float, compute: float, communication: float | None = None) -> None:
+def step(
+    clock: StepClock,
+    hand: Hand,
+    *,
+    data: float,
+    compute: float,
+    communication: float | None = None,
+    whole: float | None = None,
+) -> None:
     with clock.measure("data"):
         hand.pass_(data)
     hand.pass_(compute)
-    clock.step_done(communication, tokens=100)
+    clock.step_done(communication, whole, tokens=100)
 
 
 def test_window_parts_add_up_to_the_step() -> None:
@@ -152,3 +162,53 @@ def test_measure_costs_next_to_nothing() -> None:
         with clock.measure("data"):
             pass
     assert time.perf_counter() - begin < 0.5  # 50 microseconds each; measured: about 1
+
+
+def test_window_whole_communication_is_beside_the_parts() -> None:
+    hand = Hand()
+    clock = StepClock(hand)
+    step(clock, hand, data=1, compute=3, communication=0.5, whole=2.0)
+    step(clock, hand, data=1, compute=3, communication=0.5, whole=1.0)
+    found = clock.window()
+    assert (found["communication_s"], found["communication_total_s"]) == (0.5, 1.5)
+    assert found["data_s"] + found["compute_s"] + found["communication_s"] == found["step_s"]
+    assert clock.communication_total_s() == 3.0
+    step(clock, hand, data=1, compute=3, communication=0.5)
+    assert "communication_total_s" not in clock.window()
+    assert clock.communication_total_s() is None
+
+
+def test_window_steps_nobody_measured_are_like_the_sample() -> None:
+    hand = Hand()
+    clock = StepClock(hand)
+    step(clock, hand, data=1, compute=3)
+    assert "communication_s" not in clock.window()
+    clock.sampled = (0.5, 2.0)
+    step(clock, hand, data=1, compute=3)
+    clock.sampled = (0.25, 1.0)
+    step(clock, hand, data=1, compute=3)
+    found = clock.window()
+    assert (found["communication_s"], found["communication_total_s"], found["compute_s"]) == (0.25, 1.0, 2.75)
+    assert (clock.totals()["communication_s"], clock.communication_total_s()) == (0.75, 3.0)
+    assert sum(clock.totals().values()) == hand.at - 100.0
+
+
+def test_measure_is_a_phase_that_profilers_see() -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def mark(name: str) -> Iterator[None]:
+        seen.append(name)
+        yield
+        seen.append(f"/{name}")
+
+    clock = StepClock()
+    with clock.measure("data"):
+        mark_phases(mark)  # begun before somebody looked: no end is seen either
+    with clock.measure("evaluation"), clock.measure("data"):
+        pass
+    with clock.measure("checkpoint"):
+        mark_phases(None)
+    with clock.measure("hooks"):
+        pass
+    assert seen == ["evaluation", "data", "/data", "/evaluation", "checkpoint", "/checkpoint"]
