@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from hydra.errors import MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from strategies.errors import ConfigError, nearest
@@ -85,3 +87,33 @@ def _explained_key(error: OmegaConfBaseException) -> ConfigError:
         known = [str(name) for name in parent]
         return ConfigError(f"Configuration: there is no key {key!r}. {nearest(key.rpartition('.')[2], known)} ({key})")
     return ConfigError(f"Configuration: {key}: {first.rstrip('.')}. Give another value ({key}).")
+
+
+def refuse_unknown(config: DictConfig) -> None:
+    """Refuse keys that the schemas don't know, single values where several are taken, and values left open.
+
+    Raises:
+        ConfigError: names the key.
+        OmegaConfBaseException: a value can't be resolved.
+    """
+    for path, node in _typed_nodes(config, ""):
+        known = [item.name for item in dataclasses.fields(cast(Any, OmegaConf.get_type(node)))]
+        for key in map(str, node):
+            full = f"{path}.{key}" if path else key
+            if key not in known:
+                raise ConfigError(f"Configuration: there is no key {full!r}. {nearest(key, known)} ({full})")
+            several = isinstance(node._get_node(key), Container)
+            if several and isinstance(one := OmegaConf.select(config, full), str | int | float):
+                raise ConfigError(f"Configuration: {full} takes several values, not {one!r} alone ({full}).")
+    for key in sorted(OmegaConf.missing_keys(config)):
+        raise ConfigError(f"Configuration: {key} has no value. Give one: {key}=... ({key})")
+
+
+def _typed_nodes(node: DictConfig, path: str) -> Iterable[tuple[str, DictConfig]]:
+    cls = OmegaConf.get_type(node)
+    if dataclasses.is_dataclass(cls):
+        yield path, node
+    for key in map(str, node):
+        value = node._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
+            yield from _typed_nodes(value, f"{path}.{key}" if path else key)

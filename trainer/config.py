@@ -11,14 +11,14 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import MISSING, Container, DictConfig, OmegaConf, open_dict
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import strategies
@@ -27,7 +27,7 @@ from strategies.efa import EFABackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
 from trainer import checkpoint, data, hooks, launch, metrics, models, optim, profiling, schedule
-from trainer.complaints import CONF, SEVERAL, explained, options
+from trainer.complaints import CONF, SEVERAL, explained, options, refuse_unknown
 from trainer.doctor import Doctor
 from trainer.launch import Launcher
 from trainer.place import Run
@@ -338,27 +338,13 @@ def refuse_wrong(config: DictConfig) -> None:
         ConfigError: names the key.
     """
     try:
-        _refuse_unknown(config)
+        refuse_unknown(config)
         OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:  # `${...}` that leads nowhere, or to a value of another type
         raise explained(error) from error
     if OmegaConf.get_type(config) is Config:
         _refuse_without_class(config)
         _refuse_out_of_range(config)
-
-
-def _refuse_unknown(config: DictConfig) -> None:
-    for path, node in _typed_nodes(config, ""):
-        known = [item.name for item in dataclasses.fields(cast(Any, OmegaConf.get_type(node)))]
-        for key in map(str, node):
-            full = f"{path}.{key}" if path else key
-            if key not in known:
-                raise ConfigError(f"Configuration: there is no key {full!r}. {nearest(key, known)} ({full})")
-            several = isinstance(node._get_node(key), Container)
-            if several and isinstance(one := OmegaConf.select(config, full), str | int | float):
-                raise ConfigError(f"Configuration: {full} takes several values, not {one!r} alone ({full}).")
-    for key in sorted(OmegaConf.missing_keys(config)):
-        raise ConfigError(f"Configuration: {key} has no value. Give one: {key}=... ({key})")
 
 
 def _refuse_without_class(config: DictConfig) -> None:
@@ -391,13 +377,3 @@ def _refuse_out_of_range(config: DictConfig) -> None:
     for key, example in (("cache", "~/.cache/shardwright"), ("resume", "auto, never, or a checkpoint's folder")):
         if not config[key].strip():
             raise ConfigError(f"Configuration: {key} is empty. Give {example} ({key}).")
-
-
-def _typed_nodes(node: DictConfig, path: str) -> Iterable[tuple[str, DictConfig]]:
-    cls = OmegaConf.get_type(node)
-    if dataclasses.is_dataclass(cls):
-        yield path, node
-    for key in map(str, node):
-        value = node._get_node(key)
-        if isinstance(value, DictConfig) and not value._is_none() and not value._is_missing():
-            yield from _typed_nodes(value, f"{path}.{key}" if path else key)
