@@ -25,6 +25,7 @@ from trainer.metrics.plots import write_plots
 from trainer.metrics.summary import summary_table, write_summary
 from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
 from trainer.progress import Progress
+from trainer.pulse import PULSE
 from trainer.run_folder import describe
 from trainer.secrets import hidden, redacted_words
 
@@ -68,6 +69,7 @@ class Observer:
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
+        PULSE.beat()
         self._display.message(text)
 
     def fell_back(self, text: str) -> None:
@@ -114,6 +116,7 @@ class Observer:
     def advance(self, step: int) -> None:
         """A step was done; cheap."""
         self._step = step
+        PULSE.stepped(step)
         self._display.advance(step)
 
     def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -139,6 +142,7 @@ class Observer:
         self._display.evaluation(0, total)
         for done, batch in enumerate(batches, start=1):
             yield batch
+            PULSE.beat()
             self._display.evaluation(min(done, total), total)
 
     @contextlib.contextmanager

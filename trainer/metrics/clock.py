@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
+from trainer.pulse import PULSE
+
 COMPUTE = "compute"
 KINDS = (COMPUTE, "data", "checkpoint", "evaluation", "hooks")
 _IN_A_STEP = (COMPUTE, "data")
@@ -120,6 +122,7 @@ class StepClock:
     def _switch(self, kind: str) -> str:
         now = self._now()
         before = self._kind
+        PULSE.enter(kind)
         self._window[before] += now - self._since
         self._kind, self._since = kind, now
         return before
