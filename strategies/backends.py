@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from strategies.errors import ConfigError
+from strategies.meeting import MEETING, wait_for
 from strategies.world import Launch, World, agree, open_store
 
 _LONGEST_S = 7 * 24 * 3600
@@ -33,6 +34,8 @@ class Backend(ABC):
     """Seconds after which a collective that doesn't finish is an error."""
     interface: str | None = None
     """Network interface to use, such as `eth0`; the library chooses when it is null."""
+    meeting_s: float = 600.0
+    """Seconds that the ranks wait at the start for those that aren't there yet."""
 
     def __post_init__(self) -> None:
         if not 0 < self.timeout_s <= _LONGEST_S:
@@ -40,6 +43,34 @@ class Backend(ABC):
                 f"Backend: timeout_s={self.timeout_s} is not between 0 and {_LONGEST_S}, a week. "
                 "Give seconds, such as 1800 (backend.timeout_s)."
             )
+        if not 0 < self.meeting_s <= _LONGEST_S:
+            raise ConfigError(
+                f"Backend: meeting_s={self.meeting_s} is not between 0 and {_LONGEST_S}, a week. "
+                "Give seconds, such as 600 (backend.meeting_s)."
+            )
+
+    def meet(self) -> None:
+        """Wait until every rank of this launch is there.
+
+        Raises:
+            ConfigError: one has said that the input is wrong.
+            TrainingError: one has failed already, or doesn't come in time.
+        """
+        MEETING.limit_s = self.meeting_s
+        launch = Launch.from_env()
+        if launch.size == 1:
+            return
+        store = open_store(launch)
+        occasion = f"meetings/{store.add(f'meetings/of/{launch.rank}', 1)}"
+        store.set(f"{occasion}/{launch.rank}", "")
+        if store.add(f"{occasion}/count", 1) == launch.size:
+            store.set(f"{occasion}/all", "")
+
+        def missing() -> str:
+            there = [store.check([f"{occasion}/{rank}"]) for rank in range(launch.size)]
+            return f"rank {', '.join(str(rank) for rank, is_there in enumerate(there) if not is_there)}"
+
+        wait_for(store, [f"{occasion}/all"], missing)
 
     @abstractmethod
     def torch_name(self) -> str:

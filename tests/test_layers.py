@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = {"conf", "scripts", "strategies", "tests", "trainer"}
 
 # In order: each may import those before it.
-SEAM = ("errors", "elastic", "launchers", "world", "backends", "precision", "activations", "base")
+SEAM = ("errors", "elastic", "launchers", "meeting", "world", "backends", "precision", "activations", "base")
 ROLES = ("data", "models", "metrics", "checkpoint", "hooks")
 COMMANDS = "trainer/commands/"  # part of the command line, so above everything else in trainer/
 

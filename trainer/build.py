@@ -105,6 +105,7 @@ def parts_of(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
 @contextmanager
 def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, str]) -> Iterator[RunFolder]:
     where = parts["run"]
+    cast(Backend, parts["backend"]).meet()
     folder = RunFolder.claim(where.dir, where.name or run_name(plain, choices))
     try:
         yield folder

@@ -80,6 +80,22 @@ def _exit_code(command: Callable[[], int]) -> int:
     except TrainingError as error:
         _say_once(f"TrainingError: {error}", anybody=True)
         return 1
+    except Exception as error:
+        _say_to_those_who_wait(error)
+        raise
+
+
+def _say_to_those_who_wait(error: Exception) -> None:
+    """Before the ranks are connected, they wait for each other, and would for long."""
+    from strategies.errors import ConfigError
+    from strategies.meeting import fall
+    from strategies.world import Launch, open_store
+
+    with contextlib.suppress(ConfigError):
+        launch = Launch.from_env()
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        if launch.size > 1:
+            within(_ASKING_S, lambda: fall(open_store(launch), launch.rank, why), None)
 
 
 def unsupported_torch() -> str | None:

@@ -196,13 +196,16 @@ class Liveness:
             self._meet()
             self._look_at_peers()
             self._heard = self._heard or self._failed_elsewhere()
-            if self._verdict is None and self._heard is None:
-                self._verdict = self._watchdog.ask_around(self._stopped())
-            if self._verdict is not None:
-                self._store.compare_set(self._failed, "", self._verdict)
+            self._look_for_progress()
             self._answered_at = time.monotonic()
         except (RuntimeError, OSError):  # the store's connection broke: it was with rank 0, or with the launcher
             self._look_without_store()
+
+    def _look_for_progress(self) -> None:
+        if self._verdict is None and self._heard is None:
+            self._verdict = self._watchdog.ask_around(self._stopped())
+        if self._verdict is not None:
+            self._store.compare_set(self._failed, "", self._verdict)
 
     def _beat(self) -> None:
         """Tell the other machines that this one lives."""

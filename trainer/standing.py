@@ -41,7 +41,8 @@ def standing(main: int) -> dict[str, Any]:
         ranks it waits for; None: nothing. `at`: the line of Python. `debugged`: a person has stopped it to look.
     """
     frames = list(_frames(sys._current_frames().get(main)))
-    records = within(3.0, _records, {})  # asks the device, which may hang too
+    nothing: dict[str, Any] = {}
+    records = within(3.0, _records, nothing)  # asks the device, which may hang too
     return {
         "step": PULSE.step,
         "doing": PULSE.doing,
@@ -106,12 +107,12 @@ def _call(frames: list[FrameType]) -> str | None:
 
 def _started() -> dict[str, int]:
     """By each group's name, which is the same on all ranks of it."""
-    found = {}
+    found: dict[str, int] = {}
     with contextlib.suppress(Exception):  # groups may be taken down meanwhile
-        world = distributed_c10d._world
+        world: Any = distributed_c10d._world
         for group in list(world.pg_map):
             with contextlib.suppress(Exception):
-                found[world.pg_names[group]] = int(group._get_sequence_number_for_group())
+                found[str(world.pg_names[group])] = int(group._get_sequence_number_for_group())
     return found
 
 
