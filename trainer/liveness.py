@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from strategies.world import World
 from trainer.bounded import within
+from trainer.left_behind import see_off
 from trainer.metrics.events import note
 from trainer.metrics.logs import LOGGER
 from trainer.peers import Peer, host_of, store_is_elsewhere, this_machine
@@ -298,7 +299,14 @@ class Liveness:
         if self._world.elastic is not None:
             self._world.elastic.rejoin("another rank is gone, and it waits in vain")
         within(_SAY_S, lambda: self._say(line), None)
+        if self._is_elsewhere and self._store_is_silent() and self._speaks():
+            within(_SAY_S, self._see_launcher_off, None)
         os._exit(1)
+
+    def _see_launcher_off(self) -> None:
+        """Ours ends by itself."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and "SHARDWRIGHT_LAUNCHER" not in os.environ:
+            see_off(os.getppid())
 
     def _leave_stacks(self) -> None:
         within(_SAY_S, self._watchdog.write, None)

@@ -12,8 +12,6 @@ from typing import Any
 Answer = Mapping[str, Any]
 """A rank's `standing`, with `idle_s`, its `host`, and `stopped`: ranks of its machine that SIGSTOP holds."""
 
-SILENT_S = 10.0
-"""A rank that says nothing new for so long, while it is asked, doesn't answer."""
 _NAMED = 4
 """Ranks that are spoken of one by one."""
 
@@ -42,15 +40,23 @@ class RollCall:
         prefix: of the keys.
         rank: of this process.
         size: how many there are.
+        silent_s: a rank that says nothing new for so long, while it is asked, doesn't answer.
         now: a clock in seconds.
     """
 
     def __init__(
-        self, store: Any, prefix: str, rank: int, size: int, now: Callable[[], float] = time.monotonic
+        self,
+        store: Any,
+        prefix: str,
+        rank: int,
+        size: int,
+        *,
+        silent_s: float,
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._asker, self._keys = f"{prefix}/asks", [f"{prefix}/stands/{each}" for each in range(size)]
-        self._rank, self._now = rank, now
+        self._rank, self._silent_s, self._now = rank, silent_s, now
         self._count = 0
         self._asks_since: float | None = None
         self._heard: dict[int, _Heard] = {}
@@ -72,7 +78,7 @@ class RollCall:
             return True
         self._listen([int(asker)])
         heard = self._heard.get(int(asker))
-        if heard is not None and self._now() - heard.at > SILENT_S:
+        if heard is not None and self._now() - heard.at > self._silent_s:
             self._store.compare_set(self._asker, asker, mine)
         return False
 
@@ -92,9 +98,9 @@ class RollCall:
         for rank in range(len(self._keys)):
             heard = self._heard.get(rank)
             found[rank] = None if heard is None or rank in stopped else heard.answer
-            if found[rank] is None and rank not in stopped and now - self._asks_since < SILENT_S:
+            if found[rank] is None and rank not in stopped and now - self._asks_since < self._silent_s:
                 return None
-            if heard is not None and now - heard.at >= SILENT_S:
+            if heard is not None and now - heard.at >= self._silent_s:
                 found[rank] = None
         return found
 

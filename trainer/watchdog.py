@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from strategies.world import World
 from trainer.peers import host_of
 from trainer.pulse import PULSE
-from trainer.rollcall import SILENT_S, Answer, RollCall, words
+from trainer.rollcall import Answer, RollCall, words
 from trainer.standing import standing, write_standing
 
 HUNG = "no progress for "
@@ -25,6 +25,8 @@ _ASLEEP_S = 5.0
 """Where nobody has looked for so long, the process or its machine stood still, and that time doesn't count."""
 _EARLY_S = 15.0
 """The others are asked so long before the time is up, so that it is known by then who is missing."""
+_SILENT_S = 10.0
+"""Without an answer from a rank for so long, or from the store, there is none."""
 _STUCK_S = 15.0
 """An interpreter in which no thread of Python has run for so long past the time is ended by C."""
 
@@ -62,7 +64,8 @@ class Watchdog:
         """There are other ranks, and each has put its machine under `prefix/<rank>`."""
         self._store, self._prefix = store, prefix
         if self._timeout_s is not None:
-            self._roll = RollCall(store, prefix, self._world.rank, self._world.size)
+            silent_s = min(_SILENT_S, self._timeout_s / 3)
+            self._roll = RollCall(store, prefix, self._world.rank, self._world.size, silent_s=silent_s)
 
     def end(self) -> None:
         """No more; may be called twice."""
@@ -133,7 +136,7 @@ class Watchdog:
             store_silent_s: seconds for which the store of the ranks hasn't answered.
         """
         limit, idle = self.limit_s(), self.idle_s()
-        if limit is None or idle < limit or (self._world.size > 1 and store_silent_s < SILENT_S):
+        if limit is None or idle < limit or (self._world.size > 1 and store_silent_s < _SILENT_S):
             return None
         mine = standing(self._main)
         if mine["debugged"]:
