@@ -146,6 +146,7 @@ class Liveness:
                 continue
             if since is None and words.startswith(HUNG):
                 self._leave_stacks()
+                self._tell(words)
             since = since or now
             if now - since >= self._patience_s(words):
                 self._end(words)
@@ -291,14 +292,13 @@ class Liveness:
     # The end of a main thread that doesn't come out of its waiting.
 
     def _end(self, words: str) -> None:
-        """Say why, from one rank, and leave."""
-        line = f"TrainingError: {words}"
-        within(_SAY_S, lambda: LOGGER.error(line), None)
+        """Leave, having said why."""
         if not words.startswith(HUNG):
             self._leave_stacks()
         if self._world.elastic is not None:
             self._world.elastic.rejoin("another rank is gone, and it waits in vain")
-        within(_SAY_S, lambda: self._say(line), None)
+        if not words.startswith(HUNG):
+            self._tell(words)
         if self._is_elsewhere and self._store_is_silent() and self._speaks():
             within(_SAY_S, self._see_launcher_off, None)
         os._exit(1)
@@ -307,6 +307,12 @@ class Liveness:
         """Ours ends by itself."""
         if "TORCHELASTIC_RUN_ID" in os.environ and "SHARDWRIGHT_LAUNCHER" not in os.environ:
             see_off(os.getppid())
+
+    def _tell(self, words: str) -> None:
+        """From one rank, on the console; from each, in its log."""
+        line = f"TrainingError: {words}"
+        within(_SAY_S, lambda: LOGGER.error(line), None)
+        within(_SAY_S, lambda: self._say(line), None)
 
     def _leave_stacks(self) -> None:
         within(_SAY_S, self._watchdog.write, None)

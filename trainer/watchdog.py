@@ -121,9 +121,9 @@ class Watchdog:
             roll.withdraw()
             return None
         answers = roll.hear() if roll.ask() else None
-        if answers is None or idle < limit:
+        if answers is None or idle < limit - self.every_s:
             return None
-        lately = limit - min(3.0, limit / 4)
+        lately = limit - self.every_s - min(3.0, limit / 4)
         if any(each is not None and (each["debugged"] or each["idle_s"] < lately) for each in answers.values()):
             return None
         return self._words(idle, words(answers, {rank: self._host(rank, each) for rank, each in answers.items()}))
@@ -136,7 +136,7 @@ class Watchdog:
             store_silent_s: seconds for which the store of the ranks hasn't answered.
         """
         limit, idle = self.limit_s(), self.idle_s()
-        if limit is None or idle < limit or (self._world.size > 1 and store_silent_s < _SILENT_S):
+        if limit is None or idle < limit - self.every_s or (self._world.size > 1 and store_silent_s < _SILENT_S):
             return None
         mine = standing(self._main)
         if mine["debugged"]:
