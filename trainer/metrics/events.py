@@ -15,7 +15,7 @@ from trainer.metrics.jsonl import objects
 EVENTS = "events.jsonl"
 
 Event = Mapping[str, Any]
-"""`event` is its kind: start, end, checkpoint, fell_back, continuity, straggler, rollback; `time` is ISO 8601 in UTC."""
+"""`event`: start, end, checkpoint, fell_back, continuity, straggler or rollback; `time` is ISO 8601 in UTC."""
 
 
 @dataclass(frozen=True)
