@@ -10,29 +10,26 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-_BY_ITSELF_S = 10.0
-_AFTER_SIGTERM_S = 5.0
 
-
-def see_off(launcher: int) -> None:
+def see_off(launcher: int, by_itself_s: float = 10.0, after_sigterm_s: float = 5.0) -> None:
     """Have a torchrun ended that doesn't end by itself within seconds; doesn't wait.
 
     Args:
         launcher: its process number; it is this process's parent, and still there.
+        by_itself_s: how long it may take to see that its workers are gone.
+        after_sigterm_s: how long it may take after a signal, before it is killed.
     """
     if not hasattr(os, "pidfd_open"):
         return
     found = os.pidfd_open(launcher)  # stays this one's, whoever gets the number later
     try:
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", __file__, str(found), str(launcher)],
-            pass_fds=[found], start_new_session=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        os.set_inheritable(found, True)
+        words = [sys.executable, "-I", "-S", __file__, *map(str, (found, launcher, by_itself_s, after_sigterm_s))]
+        quiet = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
+        os.posix_spawn(words[0], words, os.environ, file_actions=quiet, setsid=True)
     finally:
         os.close(found)
 
@@ -40,7 +37,8 @@ def see_off(launcher: int) -> None:
 def main() -> None:
     """In the process that is left behind."""
     found, launcher = int(sys.argv[1]), sys.argv[2]
-    for number, patience_s in ((None, _BY_ITSELF_S), (signal.SIGTERM, _AFTER_SIGTERM_S), (signal.SIGKILL, 0.0)):
+    by_itself_s, after_sigterm_s = map(float, sys.argv[3:])
+    for number, patience_s in ((None, by_itself_s), (signal.SIGTERM, after_sigterm_s), (signal.SIGKILL, 0.0)):
         if number is not None:
             if _living_children(launcher):  # it goes on with new workers
                 return

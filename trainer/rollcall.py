@@ -125,7 +125,7 @@ def missing(answers: Mapping[int, Answer | None]) -> list[int]:
         if behind := _behind({rank: answer.get(kind, {}) for rank, answer in known.items()}):
             return behind
     busy = [rank for rank, answer in known.items() if answer["waits"] is None]
-    if len(busy) < len(known):
+    if 0 < len(busy) < len(known):
         return busy
     last = min(answer["step"] for answer in known.values())
     return [rank for rank, answer in known.items() if answer["step"] == last]

@@ -59,6 +59,7 @@ class Watchdog:
         if self._timeout_s is not None:
             with contextlib.suppress(OSError):
                 self._log = (self._folder / "logs" / f"rank-{self._world.rank}.log").open("ab", buffering=0)
+        self.stay_awake()
 
     def connect(self, store: Any, prefix: str) -> None:
         """There are other ranks, and each has put its machine under `prefix/<rank>`."""
