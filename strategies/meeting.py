@@ -50,7 +50,7 @@ def wait_for(store: dist.Store, keys: Sequence[str], who: Callable[[], str]) -> 
         except dist.DistStoreError as error:
             _raise_what_was_said(store)
             if time.monotonic() > end:
-                raise failed_to_meet(who(), "nothing was heard of it") from error
+                raise failed_to_meet(who(), "nothing was heard") from error
         else:
             return
 
@@ -59,7 +59,7 @@ def failed_to_meet(who: str, why: object) -> TrainingError:
     """The error of a rank that waits in vain."""
     text = " ".join(str(why).split()).rstrip(".")
     return TrainingError(
-        f"Launch: the ranks didn't come together within {MEETING.limit_s:.0f} s: {who}: {text}. Look at what others "
+        f"Launch: the ranks didn't come together within {MEETING.limit_s:g} s: {who}: {text}. Look at what others "
         "say, and start again, or give them more time (backend.meeting_s)"
     )
 
