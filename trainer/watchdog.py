@@ -127,7 +127,9 @@ class Watchdog:
         lately = limit - self.every_s - min(3.0, limit / 4)
         if any(each is not None and (each["debugged"] or each["idle_s"] < lately) for each in answers.values()):
             return None
-        return self._words(idle, words(answers, {rank: self._host(rank, each) for rank, each in answers.items()}))
+        return self._words(
+            max(idle, limit), words(answers, {rank: self._host(rank, each) for rank, each in answers.items()})
+        )
 
     def alone(self, stopped: list[int], store_silent_s: float) -> str | None:
         """The same where there is nobody to ask.
@@ -143,10 +145,10 @@ class Watchdog:
         if mine["debugged"]:
             return None
         if self._world.size == 1:
-            return self._words(idle, words({0: mine}, {0: platform.node()}))
+            return self._words(max(idle, limit), words({0: mine}, {0: platform.node()}))
         who = f"rank {', '.join(map(str, stopped))} is stopped (SIGSTOP)" if stopped else "nobody knows who is missing"
         store = f"the store of the ranks hasn't answered for {store_silent_s:.0f} s (is the launcher stopped?)"
-        return self._words(idle, f"{who}, and {store}")
+        return self._words(max(idle, limit), f"{who}, and {store}")
 
     def write(self) -> None:
         """Where this rank stands, into its log."""

@@ -27,6 +27,7 @@ pytestmark = [
 TRAIN = ROOT / "scripts" / "train.py"
 STATIC = ("--nnodes=2", "--node-rank={number}", "--master-addr=host-0", "--master-port=29500")
 C10D = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=host-0:29400", "--rdzv-id=x", "--local-addr={address}")
+FORMS = {"static": STATIC, "c10d": C10D}
 AMONG = """
 import sys
 from pathlib import Path
@@ -181,10 +182,7 @@ def test_stopped_worker_of_another_host_is_named_within_the_time(hosts: Hosts, v
     named_s = time.monotonic() - begin
     assert named_s < 12 + 1.5
     [line] = hosts.said(1 - victim)
-    assert line.startswith(
-        f"TrainingError: no progress for 1{2 if named_s > 11.5 else 1} s: rank {victim} (host-{victim})"
-    )
-    assert "doesn't answer" in line
+    assert line.startswith(f"TrainingError: no progress for 12 s: rank {victim} (host-{victim}) doesn't answer")
     assert processes[1 - victim].wait(60) == 1
     hosts.worker(victim).resume()  # nobody else on its machine could
     assert processes[victim].wait(60) == 1
