@@ -23,6 +23,8 @@ _NOT_PLUGINS = {
     "errors",
     "interfaces",
     "launchers",
+    "meeting",
+    "smddp",
     "testing",
     "world",
 }

@@ -24,13 +24,14 @@ import torch.distributed as dist
 from strategies.elastic import Elastic
 from strategies.errors import ConfigError
 from strategies.launchers import OPEN_MPI, number_in, started
+from strategies.meeting import MEETING, failed_to_meet, wait_for
 
 ReduceOp = Literal["sum", "min", "max"]
 T = TypeVar("T")
 
+_STORE_WAIT = dist.default_pg_timeout
 _WAIT = timedelta(days=7)  # a dead rank is noticed by the launcher, a slow one is waited for
 _FAREWELL = timedelta(seconds=30)
-_MEET_S = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def open_store(launch: Launch) -> dist.Store:
         store = _meet(launch, note)
     else:
         _say_where(launch)
-        store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size))
+        store = _rendezvous(launch)
     run = os.environ.get("TORCHELASTIC_RUN_ID", "run")
     return dist.PrefixStore(f"shardwright/{run}/{launch.restart}", store)
 
@@ -108,6 +109,16 @@ def _note_of(launch: Launch) -> Callable[[str | None], str] | None:
     if "HOROVOD_GLOO_RENDEZVOUS_PORT" in os.environ:
         return _note_at_horovodrun
     return _note_at_mpirun if launch.by_mpi and launch.on_one_machine and "PMIX_SERVER_TMPDIR" in os.environ else None
+
+
+def _rendezvous(launch: Launch) -> dist.Store:
+    limit = timedelta(seconds=MEETING.limit_s)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank=launch.rank, world_size=launch.size, timeout=limit))
+    except RuntimeError as error:
+        raise failed_to_meet("{MASTER_ADDR}:{MASTER_PORT}".format(**os.environ), error) from error
+    store.set_timeout(_STORE_WAIT)
+    return cast(dist.Store, store)
 
 
 def _say_where(launch: Launch) -> None:
@@ -138,10 +149,10 @@ def _meet(launch: Launch, note: Callable[[str | None], str]) -> dist.Store:
             )
         note(f"{host} {port}")
         return store
-    end = time.monotonic() + _MEET_S
+    end = time.monotonic() + MEETING.limit_s
     while not (found := note(None)):
         if time.monotonic() > end:
-            raise ConfigError(f"Launch: rank 0 wasn't there within {_MEET_S} s. Look at what it says, and start again.")
+            raise failed_to_meet("rank 0", "it isn't there")
         time.sleep(0.05)
     host, text = found.split()
     return dist.TCPStore(host, int(text), is_master=False, wait_for_workers=False)
@@ -182,7 +193,7 @@ def publish(store: dist.Store, launch: Launch, key: str, make: Callable[[], str]
             _heard_by_all(store, launch, key)
             raise
         store.set(key, json.dumps(answer))
-    store.wait([key], _WAIT)
+    wait_for(store, [key], lambda: "rank 0")
     heard = json.loads(store.get(key))
     if "error" in heard:
         _heard_by_all(store, launch, key)
@@ -204,7 +215,7 @@ def agree(store: dist.Store, launch: Launch, key: str, error: ConfigError | None
     """
     store.set(f"{key}/{launch.rank}", "" if error is None else str(error))
     for rank in range(launch.size):
-        store.wait([f"{key}/{rank}"], _WAIT)
+        wait_for(store, [f"{key}/{rank}"], functools.partial("rank {}".format, rank))
         message = store.get(f"{key}/{rank}").decode()
         if message:
             _heard_by_all(store, launch, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,10 +25,12 @@ from trainer.host_memory import keep_freed_memory
 from trainer.job import Job
 from trainer.liveness import Liveness, is_broken_connection
 from trainer.metrics.logs import LOGGER, set_up_logs
+from trainer.pulse import PULSE
 from trainer.run_folder import RunFolder, run_name
 from trainer.secrets import learn, redacted
 from trainer.session import Outcome
 from trainer.shortage import Others, OutOfMemoryError, advice, is_shortage, let_go, out_of_memory
+from trainer.stop import seconds
 from trainer.trainer import Trainer
 
 
@@ -77,9 +80,12 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
                 config=redacted(plain),
                 choices=choices,
             )
-            with Liveness(world, folder.path, folder.number) as liveness, _one_traceback(job, folder, liveness):
+            patience_s = seconds(trainer.hang_timeout, "trainer.hang_timeout")
+            watch = Liveness(world, folder.path, folder.number, patience_s)
+            with watch as liveness, _one_traceback(job, folder, liveness):
                 outcome = trainer.fit(job)
                 if after is not None and not outcome.stopped:
+                    PULSE.finishing("delivering")
                     after(job)
                 return outcome
         finally:
@@ -103,6 +109,7 @@ def parts_of(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:
 @contextmanager
 def _claimed(parts: dict[str, Any], plain: dict[str, Any], choices: dict[str, str]) -> Iterator[RunFolder]:
     where = parts["run"]
+    cast(Backend, parts["backend"]).meet()
     folder = RunFolder.claim(where.dir, where.name or run_name(plain, choices))
     try:
         yield folder
@@ -146,9 +153,7 @@ def _one_traceback(job: Job, folder: RunFolder, liveness: Liveness) -> Iterator[
         lost = liveness.lost(error)
         short = error if isinstance(error, OutOfMemoryError) else out_of_memory(error) if is_shortage(error) else None
         mine = lost or f"rank {world.rank}: {_words(error) if short is None else _with_advice(short, job)}"
-        first = mine
-        with suppress(Exception):  # the store may be gone together with that rank
-            first = world.store.compare_set(f"failed/{folder.number}", "", mine).decode()
+        first = liveness.first_words(mine)
         if expected:
             raise
         if first == mine:
@@ -157,8 +162,8 @@ def _one_traceback(job: Job, folder: RunFolder, liveness: Liveness) -> Iterator[
             if lost or short:
                 raise TrainingError(mine) from error
             raise
-        rank = first.partition(":")[0].replace(" ", "-")
-        where = f" (all of it in {folder.path / 'logs' / rank}.log)" if ":" in first.partition("is gone")[0] else ""
+        own = re.match(r"rank (\d+): ", first)
+        where = f" (all of it in {folder.path / 'logs' / f'rank-{own[1]}.log'})" if own else ""
         raise TrainingError(f"{first}{where}") from error
 
 

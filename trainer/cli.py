@@ -15,6 +15,7 @@ from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import TYPE_CHECKING, NoReturn
 
+from trainer.bounded import within
 from trainer.sagemaker.failure import failing_noted, write_failure
 from trainer.stop import EXIT_STOPPED, EXIT_WRONG_INPUT, leaving_at_once
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from trainer.trainer import Trainer
 
 
+_ASKING_S = 30.0
 _PARENT = os.getppid()  # before anything slow is imported, in which time it may go
 
 
@@ -78,6 +80,22 @@ def _exit_code(command: Callable[[], int]) -> int:
     except TrainingError as error:
         _say_once(f"TrainingError: {error}", anybody=True)
         return 1
+    except Exception as error:
+        _say_to_those_who_wait(error)
+        raise
+
+
+def _say_to_those_who_wait(error: Exception) -> None:
+    """Before the ranks are connected, they wait for each other, and would for long."""
+    from strategies.errors import ConfigError
+    from strategies.meeting import fall
+    from strategies.world import Launch, open_store
+
+    with contextlib.suppress(ConfigError):
+        launch = Launch.from_env()
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        if launch.size > 1:
+            within(_ASKING_S, lambda: fall(open_store(launch), launch.rank, why), None)
 
 
 def unsupported_torch() -> str | None:
@@ -113,15 +131,18 @@ def _say_once(line: str, *, anybody: bool = False) -> None:
         launch = Launch.from_env()
     except ConfigError:
         launch = Launch()
-    if launch.size > 1:
-        with contextlib.suppress(Exception):  # the store may be gone with rank 0: better said twice than never
-            store = open_store(launch)
-            if launch.rank != 0 and not anybody:
-                with contextlib.suppress(RuntimeError):  # its time is up
-                    store.wait(["said"], timedelta(seconds=1))
-            mine = f"{launch.rank}: {line}"
-            if store.compare_set("said", "", mine).decode() != mine:
-                return
+    mine = f"{launch.rank}: {line}"
+
+    def first() -> str:
+        store = open_store(launch)
+        if launch.rank != 0 and not anybody:
+            with contextlib.suppress(RuntimeError):  # its time is up
+                store.wait(["said"], timedelta(seconds=1))
+        return store.compare_set("said", "", mine).decode()
+
+    # The store may be gone with rank 0, or silent: better said twice than never.
+    if launch.size > 1 and within(_ASKING_S, first, mine) != mine:
+        return
     print(line, file=sys.stderr, flush=True)
 
 

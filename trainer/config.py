@@ -22,10 +22,11 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 import strategies
-from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, NeuronBackend, SMDDPBackend
+from strategies.backends import AutoBackend, GlooBackend, NCCLBackend, NeuronBackend
 from strategies.efa import EFABackend
 from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
+from strategies.smddp import SMDDPBackend
 from trainer import checkpoint, data, hooks, launch, metrics, models, optim, profiling, schedule
 from trainer.complaints import CONF, SEVERAL, explained, options, refuse_unknown
 from trainer.doctor import Doctor

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from strategies.base import Batch
 from strategies.elastic import RanksChanged
 from strategies.world import World
+from trainer.pulse import PULSE
 from trainer.stop import StopRequest
 
 AT_ONCE_S = 0.25
@@ -78,7 +79,7 @@ class Feed:
             self._loaded.append(next(self._steps))
         steps = [self._loaded.popleft() for _ in range(count)]
         request, elastic = self._request, self._world.elastic
-        *sums, wishes, signalled, numbers, late, changed, seconds = self._world.reduce(
+        answer = self._world.reduce_later(
             [
                 *(sum(batch.num_targets for batch in batches) for batches in steps),
                 *(sum(batch.num_tokens for batch in batches) for batches in steps),
@@ -88,6 +89,8 @@ class Feed:
                 elastic is not None and elastic.changed(), self._seconds_per_step(count),
             ],
         )  # fmt: skip
+        with PULSE.waiting("the next step's counts"):
+            *sums, wishes, signalled, numbers, late, changed, seconds = answer()
         if seconds > 0:
             self._at_once = max(1, int(AT_ONCE_S * self._world.size / seconds))
         stop = None

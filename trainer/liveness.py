@@ -1,4 +1,4 @@
-"""Who is still there: a thread per rank that looks after the others, so that none waits for a dead one."""
+"""Who is still there, and who still moves: threads of each rank that look after all, so that none waits in vain."""
 
 from __future__ import annotations
 
@@ -6,24 +6,29 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch.distributed as dist
 
 from strategies.world import World
+from trainer.bounded import within
+from trainer.left_behind import see_off
+from trainer.metrics.events import note
 from trainer.metrics.logs import LOGGER
+from trainer.peers import Peer, host_of, store_is_elsewhere, this_machine
+from trainer.pulse import PULSE
+from trainer.sagemaker.failure import write_failure
+from trainer.watchdog import HUNG, Watchdog
 
 _EVERY_S = 1.0
-_BEAT_GONE_S = 20.0
-"""Without a sign of life from another machine for this long, it is gone."""
+_BEAT_GONE_S = 25.0
+"""Without a sign of life from another machine for this long, while this one doesn't get on, it is gone."""
 _LEAVE_S = 4.0
 """A rank whose peer is gone gets this long to notice by itself, before it is ended wherever it waits."""
 _CLOSING_S = 20.0
@@ -32,124 +37,150 @@ _STOP_S = 600.0
 """The same where only the store is gone: time for a last checkpoint."""
 _SURE_S = 30.0
 """How long rank 0 may be missing where the store can't tell any more whether it left in order."""
-
-
-@dataclass(frozen=True)
-class _Peer:
-    machine: str
-    process: psutil.Process | None
-    """None: of another machine, or there was none any more."""
-
-    @classmethod
-    def met(cls, machine: str, pid: int) -> _Peer:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            return cls(machine, psutil.Process(pid) if machine == _machine() else None)
-        return cls(machine, None)
-
-    def is_gone(self) -> bool:
-        try:
-            process = self.process
-            return process is None or not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
-        except psutil.Error:  # not to be seen is not dead
-            return False
-
-
-def _machine() -> str:
-    """What ranks that can see each other's processes have in common; containers may share a host's name."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts += [
-            Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-            str(Path("/proc/self/ns/pid").readlink()),
-        ]
-    return " ".join(parts)
+_SAY_S = 5.0
+"""How long each of the last things may take: a disk or a terminal may be what hangs."""
 
 
 class Liveness:
-    """Watches from entering to leaving the context; does nothing where a process is alone.
+    """Watches from entering to leaving the context; does nothing where a process is alone and may take for ever.
 
     Ranks of the same machine are looked at as processes; of each other machine, one rank's sign of life in the
-    store. The store is used through a connection of its own, and never a collective, since the main thread may be
-    waiting in either. A stopped or slow process isn't dead. When a rank is gone, the main threads of the others
-    mostly hear of it from their communication library and ask `lost`; one that hangs is ended here.
+    store. That is used through a connection of its own and by a thread of its own, which may wait for it as long as a
+    cable is broken; and never a collective, since the main thread may be waiting in either. Another thread keeps the
+    time, and ends what hangs. A stopped or slow process isn't dead. When a rank is gone, the main threads of the
+    others mostly hear of it from their communication library and ask `lost`; one that hangs is ended here.
 
     Args:
         world: the ranks.
         folder: the run's.
         number: of the run among those of the launch.
+        hang_timeout_s: seconds without progress of any rank after which the run has failed; None: however long.
     """
 
-    def __init__(self, world: World, folder: Path, number: int) -> None:
+    def __init__(self, world: World, folder: Path, number: int, hang_timeout_s: float | None = None) -> None:
         self._world = world
         self._folder = folder
         self._prefix = f"live/{number}"
         self._failed = f"failed/{number}"
-        self._closed = threading.Event()
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._peers: dict[int, _Peer] = {}
+        self._closed, self._wake = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._peers: dict[int, Peer] = {}
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._count = 0
         self._looked_at = 0.0
+        self._answered_at = time.monotonic()
+        self._is_elsewhere = False
         self._stopping = False
         self._store_gone_at: float | None = None
         self._verdict: str | None = None
+        self._heard: str | None = None
+        self._watchdog = Watchdog(world, folder, hang_timeout_s)
 
     def __enter__(self) -> Liveness:
-        if self._world.size == 1:
-            return self
-        self._store: Any = self._world.store.clone()  # type: ignore[attr-defined]  # its stubs lack it
         self._main = threading.get_ident()
-        self._set(str(self._world.rank), json.dumps([_machine(), os.getpid()]))
-        self._thread = threading.Thread(target=self._watch, name="liveness", daemon=True)
-        self._thread.start()
+        PULSE.begin()
+        self._watchdog.begin(self._main)
+        if self._world.size > 1:
+            self._store: Any = self._world.store.clone()  # type: ignore[attr-defined]  # its stubs lack it
+            self._set(str(self._world.rank), json.dumps([this_machine(), os.getpid()]))
+            self._watchdog.connect(self._store, self._prefix)
+            self._start("liveness", self._follow)
+        if self._world.size > 1 or self._watchdog.limit_s() is not None:
+            self._start("watchdog", self._watch)
         return self
+
+    def _start(self, name: str, work: Callable[[], None]) -> None:
+        self._threads.append(threading.Thread(target=work, name=name, daemon=True))
+        self._threads[-1].start()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._thread is not None:
+        self._watchdog.end()
+        if self._threads and self._world.size > 1:
+            if self._verdict is not None and self._store_is_silent():
+                return  # on the way out, too, something may wait for it: the thread ends that
             if self._store_gone_at is None and not self._stopping:
-                with contextlib.suppress(RuntimeError):
-                    self._set(f"left/{self._world.rank}", "")
-            self._closed.set()
-            self._thread.join(_LEAVE_S)
+                within(_SAY_S, lambda: self._set(f"left/{self._world.rank}", ""), None)
+        self._closed.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join(_LEAVE_S)
 
     def lost(self, error: Exception) -> str | None:
         """Who is gone, if that is what `error` of this rank comes from; waits a moment to find out.
 
         None: nobody is, or another rank failed with an error of its own and says so itself.
         """
-        if self._thread is None or not is_broken_connection(error):
+        if not self._threads or self._world.size == 1 or not is_broken_connection(error):
             return None
-        end = time.monotonic() + _LEAVE_S
-        while time.monotonic() < end:
-            with self._lock:
-                self._look()
-            if self._verdict is not None or self._failed_elsewhere():
+        begun = time.monotonic()
+        while self._verdict is None and self._heard is None:
+            waited = time.monotonic() - begun
+            if waited > _LEAVE_S and (self._answered_at > begun or waited > _BEAT_GONE_S + _LEAVE_S):
                 break
+            self._wake.set()
             time.sleep(0.1)
         return self._verdict
 
-    # In the thread.
+    def first_words(self, mine: str) -> str:
+        """What the first rank that failed said: `mine`, unless there was another."""
+        store = self._world.store
+        return within(_SAY_S, lambda: store.compare_set(self._failed, "", mine).decode(), "") or mine
+
+    # In the thread that keeps the time. It waits for nothing.
 
     def _watch(self) -> None:
         since: float | None = None
-        while not self._closed.wait(_EVERY_S):
-            with self._lock:
-                self._look()
-            if self._verdict is None and not self._failed_elsewhere():
+        looked_at = time.monotonic()
+        while not self._closed.wait(self._watchdog.every_s):
+            now = time.monotonic()
+            if now - looked_at > 5 * _EVERY_S:  # asleep meanwhile
+                self._answered_at = now
+            looked_at = now
+            if self._world.size == 1 or self._store_is_silent():
+                self._verdict = self._verdict or self._words_alone(now - self._answered_at)
+            self._watchdog.stay_awake()
+            if (words := self._verdict or self._heard) is None:
                 since = None
                 continue
-            since = since or time.monotonic()
-            if time.monotonic() - since >= self._patience_s() and not self._closed.is_set():
-                self._end()
+            if since is None and words.startswith(HUNG):
+                self._leave_stacks()
+                self._tell(words)
+            since = since or now
+            if now - since >= self._patience_s(words):
+                self._end(words)
 
-    def _patience_s(self) -> float:
+    def _patience_s(self, words: str) -> float:
         handled = sys._current_exceptions().get(self._main)
-        return _LEAVE_S if handled in (None, (None, None, None)) else _CLOSING_S
+        if handled not in (None, (None, None, None)):
+            return _CLOSING_S
+        return 2 * self._watchdog.every_s if words.startswith(HUNG) else _LEAVE_S  # each leaves its stacks first
+
+    def _store_is_silent(self) -> bool:
+        return self._store_gone_at is None and time.monotonic() - self._answered_at > 5 * _EVERY_S
+
+    def _words_alone(self, silent_s: float) -> str | None:
+        """The verdict where the store has nothing to say."""
+        if self._is_elsewhere and silent_s > _BEAT_GONE_S and self._watchdog.idle_s() > _BEAT_GONE_S / 2:
+            place = os.environ.get("MASTER_ADDR", "rank 0's")
+            return (
+                f"the machine where the ranks meet ({place}) is gone: nothing was heard of it for {silent_s:.0f} s, so "
+                "it is down or stopped, or the network between; start again to go on from the newest checkpoint"
+            )
+        return self._watchdog.alone(self._stopped(), silent_s)
+
+    def _stopped(self) -> list[int]:
+        return [rank for rank, peer in list(self._peers.items()) if peer.is_stopped()]
+
+    # In the thread that talks to the store, and may have to wait for it.
+
+    def _follow(self) -> None:
+        self._is_elsewhere = store_is_elsewhere(self._world)
+        while not self._closed.is_set():
+            self._look()
+            self._wake.wait(self._watchdog.every_s)
+            self._wake.clear()
 
     def _look(self) -> None:
         """Once over everything; the verdict is for good."""
@@ -165,10 +196,18 @@ class Liveness:
         try:
             self._beat()
             self._meet()
-            if self._verdict is None:
-                self._look_at_peers()
+            self._look_at_peers()
+            self._heard = self._heard or self._failed_elsewhere()
+            self._look_for_progress()
+            self._answered_at = time.monotonic()
         except (RuntimeError, OSError):  # the store's connection broke: it was with rank 0, or with the launcher
             self._look_without_store()
+
+    def _look_for_progress(self) -> None:
+        if self._verdict is None and self._heard is None:
+            self._verdict = self._watchdog.ask_around(self._stopped())
+        if self._verdict is not None:
+            self._store.compare_set(self._failed, "", self._verdict)
 
     def _beat(self) -> None:
         """Tell the other machines that this one lives."""
@@ -182,24 +221,24 @@ class Liveness:
         node = world.rank - world.local_rank
         for rank in {*range(node, min(node + world.local_size, world.size)), (node + world.local_size) % world.size}:
             if rank != world.rank and rank not in self._peers and self._store.check([f"{self._prefix}/{rank}"]):
-                self._peers[rank] = _Peer.met(*json.loads(self._store.get(f"{self._prefix}/{rank}")))
+                self._peers[rank] = Peer.met(*json.loads(self._store.get(f"{self._prefix}/{rank}")))
 
     def _look_at_peers(self) -> None:
         for rank, peer in self._peers.items():
-            gone = peer.is_gone() if peer.machine == _machine() else self._is_silent(rank)
+            gone = peer.is_gone() if peer.is_here else self._is_silent(rank)
             if gone and not self._store.check([f"{self._prefix}/left/{rank}"]):
-                self._verdict = self._words(rank)
+                self._verdict = self._words(rank, peer)
                 return
 
     def _is_silent(self, rank: int) -> bool:
-        """The first rank of another machine hasn't counted on for long."""
+        """The first rank of another machine hasn't counted on for long, and so long this one hasn't got on either."""
         key, now = f"{self._prefix}/beat/{rank}", time.monotonic()
         beat = self._store.get(key) if self._store.check([key]) else b""
         known, since = self._beats.get(rank, (None, now))
         if beat != known or not beat:  # not all send any
             self._beats[rank] = (beat, now)
             return False
-        return now - since > _BEAT_GONE_S
+        return now - since > _BEAT_GONE_S and self._watchdog.idle_s() > _BEAT_GONE_S / 2
 
     def _look_without_store(self) -> None:
         """Only the processes of this machine can be seen."""
@@ -207,12 +246,12 @@ class Liveness:
         missing_s = time.monotonic() - self._store_gone_at
         first = self._peers.get(0)
         hosted_it = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-        is_gone = first is not None and first.machine == _machine() and first.is_gone()
+        is_gone = first is not None and first.is_here and first.is_gone()
         if self._world.elastic is not None:  # also where it only begins again
             self._verdict = "rank 0 is gone, and with it what the ranks share"
             return
         if is_gone and (hosted_it or missing_s > _SURE_S):
-            self._verdict = self._words(0)
+            self._verdict = self._words(0, first)
             return
         self._stop("the launcher's store is gone")
         if missing_s > _STOP_S:
@@ -227,37 +266,76 @@ class Liveness:
                 os.write(2, f"\n{why}\n".encode())
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def _end(self) -> None:
-        """The main thread doesn't come out of its waiting: say why, from one rank, and leave."""
-        line = f"TrainingError: {self._verdict or self._failed_elsewhere()}"
-        LOGGER.error(line)
-        if self._world.elastic is not None:
-            self._world.elastic.rejoin("another rank is gone, and it waits in vain")
-        mine, first = f"{self._world.rank}: {line}", ""
-        with contextlib.suppress(RuntimeError, OSError):
-            first = "" if self._store_gone_at else self._store.compare_set("said", "", mine).decode()
-        if first in ("", mine):
-            os.write(2, f"{line}\n".encode())
-        sys.stdout.flush()
-        os._exit(1)
-
     def _failed_elsewhere(self) -> str | None:
         """What another rank said when it failed."""
-        with contextlib.suppress(RuntimeError, OSError):
-            if self._store_gone_at is None and self._store.check([self._failed]):
-                text: str = self._store.get(self._failed).decode()
-                return None if text.startswith(f"rank {self._world.rank}:") else text
+        if self._store.check([self._failed]):
+            text: str = self._store.get(self._failed).decode()
+            return None if text.startswith(f"rank {self._world.rank}:") else text
         return None
 
-    def _words(self, rank: int) -> str:
+    def _words(self, rank: int, peer: Peer | None) -> str:
+        again = "start again to go on from the newest checkpoint"
+        if peer is not None and not peer.is_here:
+            return (
+                f"rank {rank} is gone with its machine ({host_of(peer.machine)}): nothing was heard of it for "
+                f"{_BEAT_GONE_S:.0f} s, so it is down or stopped, or the network between; {again}"
+            )
         log = self._folder / "logs" / f"rank-{rank}.log"
         return (
             f"rank {rank} is gone without a word: killed, perhaps for want of memory (the kernel's log tells). "
-            f"Its own log is {log}; start again to go on from the newest checkpoint"
+            f"Its own log is {log}; {again}"
         )
 
     def _set(self, key: str, value: str) -> None:
         self._store.set(f"{self._prefix}/{key}", value)
+
+    # The end of a main thread that doesn't come out of its waiting.
+
+    def _end(self, words: str) -> None:
+        """Leave, having said why."""
+        if not words.startswith(HUNG):
+            self._leave_stacks()
+        if self._world.elastic is not None:
+            self._world.elastic.rejoin("another rank is gone, and it waits in vain")
+        if not words.startswith(HUNG):
+            self._tell(words)
+        if self._is_elsewhere and self._store_is_silent() and self._speaks():
+            within(_SAY_S, self._see_launcher_off, None)
+        os._exit(1)
+
+    def _see_launcher_off(self) -> None:
+        """Ours ends by itself."""
+        if "TORCHELASTIC_RUN_ID" in os.environ and "SHARDWRIGHT_LAUNCHER" not in os.environ:
+            see_off(os.getppid())
+
+    def _tell(self, words: str) -> None:
+        """From one rank, on the console; from each, in its log."""
+        line = f"TrainingError: {words}"
+        within(_SAY_S, lambda: LOGGER.error(line), None)
+        within(_SAY_S, lambda: self._say(line), None)
+
+    def _leave_stacks(self) -> None:
+        within(_SAY_S, self._watchdog.write, None)
+        for peer in list(self._peers.values()):
+            if peer.is_stopped():
+                peer.wake()
+
+    def _say(self, line: str) -> None:
+        mine, first = f"{self._world.rank}: {line}", None
+        if self._world.size > 1 and self._store_gone_at is None and not self._store_is_silent():
+            first = within(_SAY_S / 2, lambda: self._store.compare_set("said", "", mine).decode(), None)
+        if first == mine or (first is None and self._speaks()):
+            os.write(2, f"{line}\n".encode())
+            write_failure(line)
+        if self._world.rank == 0:
+            with contextlib.suppress(OSError):
+                note(self._folder, "end", step=PULSE.step, outcome="failed", reason=line)
+        sys.stdout.flush()
+
+    def _speaks(self) -> bool:
+        """For its machine, where the ranks can't agree on one of them any more."""
+        here = [rank for rank, peer in self._peers.items() if peer.is_here and not peer.is_gone()]
+        return self._world.rank < min(here, default=self._world.size)
 
 
 def is_broken_connection(error: Exception) -> bool:

@@ -23,11 +23,13 @@ from trainer.metrics.jsonl import MetricsFile
 from trainer.metrics.loggers import Loggers
 from trainer.metrics.memory import peak_memory_mib
 from trainer.metrics.plots import write_plots
+from trainer.metrics.stragglers import Stragglers, slowest_of
 from trainer.metrics.summary import summary_table, write_summary
 from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
 from trainer.profiling.base import AbstractProfiler, Window
 from trainer.profiling.sample import CommunicationSample
 from trainer.progress import Progress
+from trainer.pulse import PULSE
 from trainer.run_folder import describe
 from trainer.secrets import hidden, redacted_words
 
@@ -78,9 +80,12 @@ class Observer:
         self._window = None if profiler is None else Window(profiler, world, folder, self.clock, self.say)
         self._may_sample = profiler is None or not profiler.has_device
         self._sample = CommunicationSample(world, self.clock, self.say)
+        self._stragglers = Stragglers()
+        self._pace: dict[str, float] = {}
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
+        PULSE.beat()
         self._display.message(text)
 
     def fell_back(self, text: str) -> None:
@@ -135,14 +140,33 @@ class Observer:
     def advance(self, step: int) -> None:
         """A step was done; cheap."""
         self._step = step
+        PULSE.stepped(step)
         self._display.advance(step)
         self._loggers.advance(step)
         if self._window is not None:
             self._window.advance(step)
 
+    def reduce(self, sums: Sequence[float]) -> list[float]:
+        """A logged step's numbers, summed over the ranks; in the same message, each rank's own pace. Collective."""
+        rank, size = self._world.rank, self._world.size
+        if size == 1:
+            return self._world.reduce(sums)
+        votes = [0.0] * (2 * size)
+        votes[rank], votes[size + rank] = self.clock.own_s()
+        answer = self._world.reduce_later(sums, votes=votes)
+        with PULSE.waiting("a logged step's numbers"):
+            found = answer()
+        work, data = found[-2 * size : -size], found[-size:]
+        slowest, median = slowest_of(work)
+        self._pace = {"slowest_rank": slowest, "straggle": work[slowest] / median - 1 if median > 0 else 0.0}
+        if (slow := self._stragglers.note(work, data)) is not None:
+            self._warn("straggler", slow.words(self._world.gather(platform.node())[slow.rank]))
+        return found[: -2 * size]
+
     def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
         """A step's numbers, with its times and memory added; the same on every rank but for the times."""
         found = {**numbers, **self.clock.window(), "memory_mib": peak_memory_mib(self._world.device)}
+        found |= self._pace
         if progress.tokens == 0 and "step_s" in found:  # what is trained has no tokens
             del found["tokens_per_s"]
             found["samples_per_s"] = self._global_batch / found["step_s"]
@@ -163,6 +187,7 @@ class Observer:
         self._display.evaluation(0, total)
         for done, batch in enumerate(batches, start=1):
             yield batch
+            PULSE.beat()
             self._display.evaluation(min(done, total), total)
             self._loggers.advance(self._step)
 

@@ -202,7 +202,7 @@ class Session:
         names = sorted(losses.metrics)
         mine = [losses.loss, *(part for name in names for part in losses.metrics[name]), info.grad_norm]
         *sums, norm = torch.stack([value.double() for value in mine]).tolist()
-        loss, *rest = self.world.reduce(sums)
+        loss, *rest = self.observer.reduce(sums)
         self._read_skips()
         self._fresh |= self.observer.log(
             self.progress,

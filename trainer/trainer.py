@@ -17,6 +17,7 @@ from strategies.timing import phase
 from trainer.data.base import Data, Sample
 from trainer.job import Job
 from trainer.models.base import Task
+from trainer.pulse import beating
 from trainer.session import Outcome, Session
 from trainer.stop import seconds
 
@@ -68,6 +69,9 @@ class Trainer:
     """Of this start: seconds, `30m`, `2h` or `HH:MM:SS`. Ends with a checkpoint, written by then, and exit code 75."""
     grace: int | float | str | None = None
     """Between a signal to stop and the kill; null: 30 s as under torchrun, 120 s on SageMaker, or the launcher's."""
+    hang_timeout: int | float | str | None = "15m"
+    """Without progress of any rank for so long (four times that before the first step), the run says who is missing
+    and ends; null: never."""
     global_batch: int = 32
     """Samples per optimizer step, over all ranks."""
     micro_batch: int | None = None
@@ -115,6 +119,7 @@ class Trainer:
         self.recomputing = self._recomputing()
         seconds(self.max_time, "trainer.max_time")
         seconds(self.grace, "trainer.grace")
+        seconds(self.hang_timeout, "trainer.hang_timeout")
         self.task: Task | None = None
 
     def _recomputing(self) -> ActivationCheckpointing | None:
@@ -174,12 +179,13 @@ class Trainer:
             ConfigError: the job is wrong; on every rank.
             TrainingError: it can't go on (a checkpoint can't be written, the loss isn't finite).
         """
+        loss = beating(self.loss)
         with Session(self, job) as run, run.told():
             run.start()
             while (step := run.next_step()) is not None:
                 run.set_learning_rate()
                 with run.observer.watching(self.communication_every):
-                    losses = run.strategy.forward_backward(run.model, step.batches, self.loss, step.targets)
+                    losses = run.strategy.forward_backward(run.model, step.batches, loss, step.targets)
                     with phase("step"):
                         info = run.strategy.step(run.model, run.optimizer)
                 run.count(step, info)

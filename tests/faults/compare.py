@@ -14,7 +14,7 @@ from trainer.checkpoint import Checkpointer, Checkpoints, Found
 from trainer.checkpoint.metadata import IndexReader
 from trainer.metrics.jsonl import read
 
-_CLOCKED = ("_s", "_mib")
+_CLOCKED = ("_s", "_mib", "slowest_rank", "straggle")
 
 
 def differences(run: Path, whole: Path, tolerance: float = 0.0) -> list[str]:

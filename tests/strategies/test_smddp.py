@@ -11,12 +11,13 @@ import torch
 import torch.distributed as dist
 
 from strategies import ec2
-from strategies.backends import Backend, GlooBackend, SMDDPBackend
+from strategies.backends import Backend, GlooBackend
 from strategies.base import Strategy
 from strategies.ddp import DDPStrategy
 from strategies.deepspeed import DeepSpeedStrategy
 from strategies.errors import ConfigError
 from strategies.fsdp import FSDPStrategy, Sharding
+from strategies.smddp import SMDDPBackend
 from strategies.testing import Job, StrategyContract, Workers
 from strategies.world import Launch
 from tests.starts import start

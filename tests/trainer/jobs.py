@@ -221,7 +221,7 @@ def fit_each(folders: list[str], overrides: list[str], trainer: str = "Trainer")
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """What a run learned: its lines without times and memory."""
-    clocked = ("_s", "_mib")
+    clocked = ("_s", "_mib", "slowest_rank", "straggle")
     return [{key: value for key, value in line.items() if not key.endswith(clocked)} for line in lines(folder)]
 
 

@@ -23,8 +23,9 @@ from tests.faults.kit import workers_of
 from tests.test_cli import launch, num_lines, started, starts, wait_for
 from tests.trainer.commands.jobs import ROOT
 from tests.trainer.jobs import ROWS, TINY, fit
-from trainer.liveness import Liveness, _machine
+from trainer.liveness import Liveness
 from trainer.metrics.events import read_events
+from trainer.peers import this_machine
 
 ENDLESS = (*TINY, "trainer.max_steps=1000000", "checkpoint.every=20", "run.dir=run")
 
@@ -255,7 +256,7 @@ def test_machine_that_left_in_order_isnt_gone(tmp_path: Path, monkeypatch: pytes
     with mock.patch("trainer.liveness.threading.Thread"):
         watch = Liveness(far_world(0, store), tmp_path, 1)
         watch.__enter__()
-    store.set("live/1/1", json.dumps([_machine(), 2**22 + 1]))  # no such process
+    store.set("live/1/1", json.dumps([this_machine(), 2**22 + 1]))  # no such process
     store.set("live/1/left/1", "")
     watch._look()
     assert watch._verdict is None
@@ -268,7 +269,7 @@ def test_process_of_this_machine_is_gone_only_if_seen_to_be(tmp_path: Path, cond
         watch = Liveness(dataclasses.replace(far_world(0, store), local_size=2), tmp_path, 1)
         watch.__enter__()
     with subprocess.Popen(["sleep", "60"]) as peer:
-        machine = "another pid namespace" if condition == "container" else _machine()
+        machine = "another pid namespace" if condition == "container" else this_machine()
         store.set("live/1/1", json.dumps([machine, peer.pid]))
         watch._look()
         if condition != "alive":

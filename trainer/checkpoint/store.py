@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, cast, final
 
 from strategies.errors import ConfigError
 from trainer.place import at_home
+from trainer.pulse import PULSE
 
 _CHUNK = 1 << 20
 
@@ -59,6 +60,7 @@ class AbstractStore(ABC):
         with self.open(name) as file:
             while chunk := file.read(_CHUNK):
                 found.update(chunk)
+                PULSE.beat()
         return found.hexdigest()
 
 
@@ -85,6 +87,7 @@ class HashedFile(io.RawIOBase):
             finally:
                 hashed.result()
         self.size += len(view)
+        PULSE.beat()
         return len(view)
 
     def tell(self) -> int:

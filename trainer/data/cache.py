@@ -20,6 +20,7 @@ from typing import Any
 from strategies.errors import ConfigError
 from strategies.world import World
 from trainer.data.base import Say
+from trainer.pulse import PULSE
 
 _FORMAT = 1
 _META = "meta.json"
@@ -246,6 +247,7 @@ class Report:
     def advance(self, amount: int) -> None:
         """That much more is done."""
         self._done += amount
+        PULSE.beat()
         if self._bar is not None:
             self._bar.advance(0, amount)
         elif self._shown and time.monotonic() >= self._next:

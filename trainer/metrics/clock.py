@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from strategies.timing import phase
+from trainer.pulse import PULSE
 
 COMPUTE = "compute"
 KINDS = (COMPUTE, "data", "checkpoint", "evaluation", "hooks")
@@ -84,6 +85,7 @@ class StepClock:
         self._communication = _Communication()
         self._steps = 0
         self._tokens = 0
+        self._waited_before = PULSE.waited_s
 
     def measure(self, kind: str) -> _Measure:
         """A context whose time counts as `kind`, one of `KINDS`; an inner one takes its time from the outer."""
@@ -131,6 +133,19 @@ class StepClock:
         self._close_window()
         return found
 
+    def own_s(self) -> tuple[float, float]:
+        """Of this rank itself, per step since the last window: seconds that weren't spent waiting for others.
+
+        Returns:
+            All of them, and those of them that went into data. Zeros if no step was done.
+        """
+        if self._steps == 0:
+            return 0.0, 0.0
+        self._switch(self._kind)
+        data = self._window["data"] - (PULSE.waited_s - self._waited_before)
+        compute = self._window[COMPUTE] - (self._exposed(self._window, self._communication) or 0.0)
+        return (compute + data) / self._steps, data / self._steps
+
     def totals(self) -> dict[str, float]:
         """Seconds of this start by kind, as `data_s`, `compute_s`, ...; they add up to its wall-clock time.
 
@@ -169,6 +184,7 @@ class StepClock:
     def _switch(self, kind: str) -> str:
         now = self._now()
         before = self._kind
+        PULSE.enter(kind)
         self._window[before] += now - self._since
         self._kind, self._since = kind, now
         return before

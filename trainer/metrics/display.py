@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _FIRST = ("loss", "grad_norm", "lr", "tokens_per_s", "samples_per_s", "step_s", "mfu", "eta", "memory_mib")
 _QUIET = {"tokens", "samples", "epoch", "skipped", "seconds", "loss_scale", "data_s", "compute_s", "communication_s",
-          "communication_total_s", "checkpoint_s", "evaluation_s", "hooks_s"}  # fmt: skip
+          "communication_total_s", "checkpoint_s", "evaluation_s", "hooks_s", "slowest_rank", "straggle"}  # fmt: skip
 _ETA_WINDOW = 50
 """Logged steps whose pace the time left is reckoned from."""
 

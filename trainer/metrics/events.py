@@ -15,7 +15,7 @@ from trainer.metrics.jsonl import objects
 EVENTS = "events.jsonl"
 
 Event = Mapping[str, Any]
-"""`event` says its kind: start, end, checkpoint, fell_back, continuity or rollback; `time` is ISO 8601 in UTC."""
+"""`event`: start, end, checkpoint, fell_back, continuity, straggler or rollback; `time` is ISO 8601 in UTC."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def history(events: Sequence[Event]) -> list[Happening]:
             case "rollback":
                 came_to = _step(event, "last_seen_step")
                 found.append(Happening(time, step, "rollback", f"rolled back from step {came_to} to {step}"))
-            case "fell_back" | "continuity":
+            case "fell_back" | "continuity" | "straggler":
                 (found if step is not None else passed_over).append(Happening(time, step, "warning", text))
     return found + passed_over
 

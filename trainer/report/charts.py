@@ -31,7 +31,7 @@ _LINES: Mapping[str, tuple[str, Any]] = {
     "rollback": ("rollback", (0, (1, 2))),
 }
 _KNOWN = {"step", "loss", "val_loss", "tokens", "samples", "epoch", "skipped", "grad_norm", "lr", "tokens_per_s",
-          "samples_per_s", "memory_mib", "step_s", "mfu", *KINDS}  # fmt: skip
+          "samples_per_s", "memory_mib", "step_s", "mfu", "slowest_rank", *KINDS}  # fmt: skip
 
 
 @dataclass(frozen=True)
