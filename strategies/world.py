@@ -227,7 +227,7 @@ def exchange(store: dist.Store, launch: Launch, key: str, text: str) -> list[str
     store.set(f"{key}/{launch.rank}", text)
     answers = []
     for rank in range(launch.size):
-        store.wait([f"{key}/{rank}"], _WAIT)
+        wait_for(store, [f"{key}/{rank}"], functools.partial("rank {}".format, rank))
         answers.append(store.get(f"{key}/{rank}").decode())
     return answers
 
