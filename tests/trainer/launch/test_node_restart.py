@@ -1,4 +1,4 @@
-"""Two nodes of a job as a kubelet keeps them: one is killed, both begin again and go on from the newest checkpoint."""
+"""Nodes of a job as containers: several processes each; and one that is killed, after which all go on."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ pytestmark = [
 ]
 
 
+KEPT = {"HOME": os.environ["HOME"], "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+NODE = [sys.executable, "-c", "from trainer.cli import main; main()", "node"]
+
+
 def close(process: subprocess.Popen[bytes]) -> None:
     for each in [*psutil.Process(process.pid).children(recursive=True), process] if process.poll() is None else []:
         each.kill()
@@ -37,16 +41,14 @@ def close(process: subprocess.Popen[bytes]) -> None:
 def test_killed_node_is_met_again_and_the_run_goes_on(tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
     words = [*TINY, "trainer.max_steps=100000", "trainer.micro_batch=1", "checkpoint.every=3", f"run.dir={run}"]
-    kept = {"HOME": os.environ["HOME"], "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
     with ExitStack() as stack:
 
         def begin(node: int) -> subprocess.Popen[bytes]:
             operator = {"PET_NNODES": "2", "PET_NODE_RANK": str(node), "PET_MASTER_ADDR": "localhost"}
-            command = [sys.executable, "-c", "from trainer.cli import main; main()", "node", "--processes=1", *words]
+            command = [*NODE, "--processes=1", *words]
             with (tmp_path / f"node-{node}").open("a") as log:
                 made = subprocess.Popen(
-                    command, env={**kept, **operator, "PET_MASTER_PORT": str(port)}, stdout=log, stderr=log
+                    command, env={**KEPT, **operator, "PET_MASTER_PORT": str(port)}, stdout=log, stderr=log
                 )
             stack.callback(close, made)
             return made
@@ -79,3 +81,27 @@ def test_killed_node_is_met_again_and_the_run_goes_on(tmp_path: Path) -> None:
             node.send_signal(signal.SIGTERM)
         assert [node.wait(60) for node in nodes] == [75, 75]
         assert events("end")[-1]["reason"] == "stopped by SIGTERM"
+
+
+def test_two_nodes_of_batch_with_two_processes_each_train_together(tmp_path: Path) -> None:
+    words = [*TINY, "trainer.global_batch=16", "trainer.max_steps=3", f"run.dir={tmp_path / 'run'}"]
+    with ExitStack() as stack:
+        nodes = []
+        for node in (1, 0):
+            batch = {
+                "AWS_BATCH_JOB_NUM_NODES": "2",
+                "AWS_BATCH_JOB_NODE_INDEX": str(node),
+                "AWS_BATCH_JOB_MAIN_NODE_INDEX": "0",
+            }
+            if node:
+                batch["AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS"] = "127.0.0.1"
+            with (tmp_path / f"node-{node}").open("w") as log:
+                nodes.append(
+                    subprocess.Popen([*NODE, "--processes=2", *words], env={**KEPT, **batch}, stdout=log, stderr=log)
+                )
+            stack.callback(close, nodes[-1])
+        codes = [each.wait(240) for each in nodes]
+    said = (tmp_path / "node-0").read_text()
+    assert codes == [0, 0], said
+    assert "4 processes, 2 on this machine" in said
+    assert (tmp_path / "node-1").read_text() == ""
