@@ -27,7 +27,7 @@ class Cluster:
     def install(self, where: Path) -> None:
         """Put the stand-in into a folder of PATH."""
         program = where / "kubectl"
-        program.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__)} "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E {Path(__file__)} "$@"\n')
         program.chmod(0o755)
 
     def describe(self, *conditions: str, pods: list[dict[str, Any]] | None = None, message: str = "") -> None:
