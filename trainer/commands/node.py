@@ -41,7 +41,7 @@ def parser() -> Parser:
         rest=True,
     )
     found.add_argument("--processes", type=int, metavar="N", help="of this machine; default: GPUs, or 2")
-    found.add_argument("--script", type=Path, help="a script of your own that calls trainer.run")
+    found.add_argument("--script", type=Path, help="one of your own that calls trainer.run, or our doctor.py")
     return found
 
 
@@ -50,12 +50,15 @@ def main(options: Namespace) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a name that isn't known yet is no news
     from strategies.errors import ConfigError
     from trainer.launch.agent import Meeting
+    from trainer.launch.containers import OURS_BY_NAME
     from trainer.launch.local import LocalLauncher, launch_local
     from trainer.launch.local_job import SCRIPTS
 
     here = place_of(os.environ)
     processes = LocalLauncher(processes=options.processes).num_processes()
-    script: Path = options.script or SCRIPTS / "train.py"
+    script: Path = options.script or SCRIPTS / OURS_BY_NAME[0]
+    if str(script) in OURS_BY_NAME and not script.is_file():
+        script = SCRIPTS / script
     if not script.is_file():
         raise ConfigError(f"launch: there is no script {script}. Name a file (--script).")
     meeting = None

@@ -241,7 +241,7 @@ class BatchLauncher(Launcher):
         """What a person should know before it costs something."""
         paths = [volume.path for volume in self.mounted]
         found = containers.shared_remarks(
-            self.words_of(job), "better keep it in Secrets Manager (launcher.secrets)", paths
+            job, self.words_of(job), "better keep it in Secrets Manager (launcher.secrets)", paths
         )
         if self.nodes > 1 and not self.machine.efa:
             known = instance(self.instance_type)

@@ -14,7 +14,9 @@ OURS = re.compile(
     r"SHARDWRIGHT_(GRACE_S|SHOW|LAUNCHER)|((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|NNODES)"
     r"|PET_.*|TORCHELASTIC_.*|AWS_BATCH_.*|JOB_COMPLETION_INDEX"
 )
-_OUR_SCRIPT = Path(__file__).resolve().parent.parent.parent / "scripts" / "train.py"
+_OUR_SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
+OURS_BY_NAME = ("train.py", "doctor.py")
+"""Of this package, which the image has somewhere."""
 
 
 def image(given: str | None) -> str:
@@ -84,7 +86,7 @@ def refuse_flags(words: Sequence[str]) -> None:
 
 
 def script_in_image(job: LaunchJob, script: str | None, folder: str | None) -> str | None:
-    """Where the training script lies in the image; None: it is this package's own.
+    """Where the script lies in the image; None: it is this package's own that trains, and a name: another of its own.
 
     Args:
         job: names a script of this machine.
@@ -101,8 +103,8 @@ def script_in_image(job: LaunchJob, script: str | None, folder: str | None) -> s
                 "folder (launcher.script, launcher.workdir)."
             )
         return script if script.startswith("/") else str(PurePosixPath(folder or "/", script))
-    if job.script.resolve() == _OUR_SCRIPT:
-        return None
+    if job.script.resolve().parent == _OUR_SCRIPTS and job.script.name in OURS_BY_NAME:
+        return None if job.script.name == OURS_BY_NAME[0] else job.script.name
     if folder is None or job.script.is_absolute():
         raise ConfigError(
             f"launch: where in the image does {job.script.name} lie? Give its path there, as in "
@@ -157,18 +159,19 @@ def is_on(path: str, mounted: Collection[str]) -> bool:
     return any(PurePosixPath(path).is_relative_to(place) for place in mounted)
 
 
-def shared_remarks(words: Sequence[str], secrets_belong: str, mounted: Collection[str]) -> list[str]:
+def shared_remarks(job: LaunchJob, words: Sequence[str], secrets_belong: str, mounted: Collection[str]) -> list[str]:
     """What a person should know before it costs something.
 
     Args:
-        words: of the job.
+        job: what is started; the doctor leaves nothing behind.
+        words: its own, and those that the launcher adds.
         secrets_belong: where to put them instead.
         mounted: paths of volumes in the container.
     """
     found = []
     if secret := [word.partition("=")[0] for word in words if redacted_words([word]) != [word]]:
         found.append(f"{', '.join(secret)}: whoever may describe the job can read it; {secrets_belong}")
-    if not outlives(words, mounted):
+    if job.script.name not in OURS_BY_NAME[1:] and not outlives(words, mounted):
         found.append(
             "the run's folder lies in the containers and ends with them, its checkpoints too: put it on a volume "
             "(launcher.volumes, launcher.run_root), or set checkpoint.folder=s3://bucket/prefix"

@@ -222,6 +222,7 @@ class KubernetesLauncher(Launcher):
         """What a person should know before it costs something."""
         words, (_, efa) = self.words_of(job), self.per_node
         found = containers.shared_remarks(
+            job,
             words,
             "better keep it in a secret of the cluster (launcher.secrets)",
             [volume.path for volume in self.mounted],

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from trainer.launch import kubernetes_parts as parts
+from trainer.launch.containers import OURS_BY_NAME, given
 from trainer.launch.kubernetes_parts import Kind
 from trainer.stop import EXIT_WRONG_INPUT, seconds
 
@@ -132,15 +133,14 @@ def _command(settings: KubernetesLauncher, words: Sequence[str], script: str | N
             "--tee=3",
             f"--log-dir={_LOGS}",
         ]
-        ours = ["--no-python", "shardwright", "train"]
-        return ["hyperpodrun"], [*options, *(ours if script is None else [script]), *words]
+        by_name = script is None or script in OURS_BY_NAME
+        ours = ["--no-python", "shardwright", (script or "train.py").removesuffix(".py")]
+        return ["hyperpodrun"], [*options, *(ours if by_name else [str(script)]), *words]
     options = [f"--processes={settings.processes_now}", *([] if script is None else [f"--script={script}"])]
     return ["shardwright", "node"], [*options, *words]
 
 
 def _environment(settings: KubernetesLauncher, name: str, words: Sequence[str]) -> list[dict[str, Any]]:
-    from trainer.launch.containers import given
-
     gpus, efa = settings.per_node
     found = {"PYTHONUNBUFFERED": "1", "SHARDWRIGHT_GRACE_S": str(settings.grace_s)}
     if settings.kind is Kind.hyperpod:

@@ -255,6 +255,18 @@ def test_own_script_is_started_where_it_lies_in_the_image(tmp_path: Path, monkey
         KubernetesLauncher(image=IMAGE, gpus=0).check([job])
 
 
+def test_doctor_of_this_package_is_started_by_its_name() -> None:
+    job = LaunchJob(name="x", script=SCRIPT.parent / "doctor.py")
+    found = {}
+    for kind in (Kind.pytorchjob, Kind.hyperpod):
+        launcher = KubernetesLauncher(image=IMAGE, gpus=0, kind=kind)
+        launcher.check([job])
+        found[kind] = container(launcher.manifest(job))["args"]
+        assert launcher.remarks(job) == []
+    assert found[Kind.pytorchjob] == ["--processes=1", "--script=doctor.py"]
+    assert found[Kind.hyperpod][-3:] == ["--no-python", "shardwright", "doctor"]
+
+
 @pytest.mark.parametrize("run", ["a", "llama_tiny-python_stdlib-02b7bc", "x" * 200, "..Odd..Name--", "ü", "7b"])
 def test_job_name_is_one_that_services_take(run: str) -> None:
     name = job_name(run, datetime(2026, 11, 22, 5, 4, 3, tzinfo=UTC))
