@@ -63,7 +63,9 @@ def wait_for_traffic(host: Host, started: Sequence[subprocess.Popen[str]]) -> No
 
 
 def examine(at: Sequence[Host], folder: Path, *words: str) -> Answers:
-    return end(begin(at, "--json", str(folder), *words))
+    answers = end(begin(at, "--json", str(folder), *words))
+    assert (folder / "doctor.json").exists(), answers
+    return answers
 
 
 @pytest.mark.parametrize("slow", [None, 0, 1], ids=["none", "first", "second"])
