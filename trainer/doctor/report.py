@@ -78,7 +78,7 @@ def _draw(report: Report, path: Path) -> None:
         names = [layout.name_of(rank) for rank in range(len(layout.host_of))]
         draw_links(links, names, bits=several, title="From rank to rank", path=path)
     else:
-        draw_links(measured.between.between(layout)[0], layout.names, bits=True, title="From host to host", path=path)
+        draw_links(measured.between.hosts_gb_per_s, layout.names, bits=True, title="From host to host", path=path)
 
 
 @contextlib.contextmanager
