@@ -50,13 +50,13 @@ def main(options: Namespace) -> int:
 
     def ready() -> None:
         if folder is not None:
-            writable(folder)
+            writable(folder, "--json")
 
     def finish(report: Report) -> None:
         progress.close()
         show(report.title, report.findings, report.measured.collectives)
         if folder is not None:
-            write(report, folder)
+            write(report, folder, "--json")
 
     with Progress(Launch.from_env().rank == 0) as progress:
         failed = examine(wanted, backend, ready, finish, progress.say)

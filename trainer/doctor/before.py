@@ -30,7 +30,7 @@ def examine_first(world: World, folder: Path, cache: Path) -> None:
     failed: list[str] = []
     with world.together():
         if world.rank == 0:
-            write(report, folder, picture=False)
+            write(report, folder, "run.dir", picture=False)
             warned = [each.line() for each in report.findings if each.level is Level.warning]
             failed = [each.line() for each in report.findings if each.level is Level.failure]
             for line in (*warned, *failed):

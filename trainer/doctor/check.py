@@ -39,8 +39,6 @@ class Check(ABC):
     """One thing to look at on each host."""
 
     name: ClassVar[str]
-    in_quick: ClassVar[bool] = True
-    """Part of the short form."""
     limit_s: ClassVar[float] = 20.0
     """A look that takes longer is a finding in itself: a network disk that doesn't answer, say."""
 

@@ -205,7 +205,6 @@ def _look(
     say("looking at each host")
     layout = report.layout
     host = layout.host_of[launch.rank]
-    checks = [each for each in CHECKS if each.in_quick or not wanted.quick]
     with guard.step("looking at each host", _LOOK_S):
         mine = None
         if launch.rank in layout.leaders:
@@ -220,11 +219,11 @@ def _look(
                 interface=interface,
                 quick=wanted.quick,
             )
-            mine = {**check.look(checks, asked), "instance_type": asked.instance_type}
+            mine = {**check.look(CHECKS, asked), "instance_type": asked.instance_type}
         looks = gathered(store, launch, "looks", mine, _LOOK_S)
     if looks is not None:
         report.looks = {layout.names[number]: looks[leader] for number, leader in enumerate(layout.leaders)}
-        report.findings += check.judge(checks, report.looks)
+        report.findings += check.judge(CHECKS, report.looks)
 
 
 def _connected(backend: Backend, report: Report, store: dist.Store, guard: Guard) -> World | None:

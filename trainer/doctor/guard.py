@@ -19,7 +19,9 @@ from trainer.doctor.hosts import Layout
 from trainer.sagemaker.failure import write_failure
 
 _EVERY_S = 0.5
-_SILENT_S = 2.5
+_MOST_ASKED = 256
+"""Ranks that one looks at where something went wrong: were each to ask for all, it would be the square of them."""
+_SILENT_S = 4.0
 """A rank that gives no sign of life for so long is gone, or stopped; asked where something went wrong."""
 _STOPPED_S = 20.0
 """The same where nothing went wrong yet."""
@@ -108,16 +110,16 @@ class Guard:
         """Who is missing, in words; takes a moment. None: nobody, as far as can be seen."""
         if self._store is None:
             return None
-        before = self._all()
+        before = self._others()
         time.sleep(_SILENT_S)
-        after = self._all()
+        after = self._others()
         if before is None or after is None:
             return _CUT_OFF
-        silent = [rank for rank, beat in enumerate(after) if beat is None or (before[rank] or [0])[0] == beat[0]]
-        silent = [rank for rank in silent if rank != self._launch.rank and (after[rank] or [0, 0])[1] < _LAST]
+        silent = [rank for rank, beat in after.items() if beat is None or (before[rank] or [0])[0] == beat[0]]
+        silent = sorted(rank for rank in silent if (after[rank] or [0, 0])[1] < _LAST)
         if silent:
             return self._silent(silent, after[silent[0]])
-        late = {rank: beat[2] for rank, beat in enumerate(after) if beat is not None and beat[1] < self._number}
+        late = {rank: beat[2] for rank, beat in after.items() if beat is not None and beat[1] < self._number}
         return f"{self._named([*late])} did not come as far, still {next(iter(late.values()))}" if late else None
 
     def lost(self) -> str | None:
@@ -150,11 +152,13 @@ class Guard:
         key = f"{self._prefix}/beat/{rank}"
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
-    def _all(self) -> list[Beat | None] | None:
-        """Of every rank; None: the store doesn't answer."""
+    def _others(self) -> dict[int, Beat | None] | None:
+        """Of the ranks that follow this one; None: the store doesn't answer."""
+        mine, size = self._launch.rank, self._launch.size
         try:
             with self._asking():
-                return [self._get(rank) for rank in range(self._launch.size)]
+                following = [(mine + each) % size for each in range(1, min(size, _MOST_ASKED))]
+                return {rank: self._get(rank) for rank in following}
         except (RuntimeError, OSError):
             return None
 

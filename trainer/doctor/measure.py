@@ -73,7 +73,7 @@ class Measured:
 
     def as_json(self, layout: Layout) -> dict[str, Any]:
         """For `doctor.json`."""
-        rates, late = self.between.between(layout)
+        late = self.between.hosts_us(layout)
         names = layout.names
         return {
             **self.collectives,
@@ -81,7 +81,7 @@ class Measured:
             "flops_by_rank": self.flops,
             "between_hosts": [
                 {"from": names[a], "to": names[b], "gb_per_s": rate, "latency_us": late[a, b]}
-                for (a, b), rate in sorted(rates.items())
+                for (a, b), rate in sorted(self.between.hosts_gb_per_s.items())
             ],
             "between_ranks": [
                 {"from": a, "to": b, "gb_per_s": rate, "latency_us": links.us[a, b]}
@@ -116,12 +116,12 @@ def measure(world: World, layout: Layout, pace: Pace, guard: Guard, say: Callabl
         with part("measuring pairs of ranks inside of hosts") as tell:
             plan = inside_hosts(layout)[: pace.most_rounds]
             found.inside = measure_links(
-                world, plan, slow_ranks_again, seconds=pace.way_s, budget_s=pace.pairs_s, say=tell
+                world, layout, plan, slow_ranks_again, seconds=pace.way_s, budget_s=pace.pairs_s, say=tell
             )
         with part("measuring pairs of hosts") as tell:
             plan = between_hosts(layout)[: pace.most_rounds]
             found.between = measure_links(
-                world, plan, slow_hosts_again(layout), seconds=pace.way_s, budget_s=pace.pairs_s, say=tell
+                world, layout, plan, slow_hosts_again(layout), seconds=pace.way_s, budget_s=pace.pairs_s, say=tell
             )
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # it is a run's now
@@ -150,7 +150,7 @@ def judge_measured(found: Measured, layout: Layout, world: World, instance: Inst
     findings += judge_links(
         "ranks of a host", found.inside.gb_per_s, found.inside.us, ranks, bits=False, only_warn=not on_gpu
     )
-    rates, late = found.between.between(layout)
+    rates, late = found.between.hosts_gb_per_s, found.between.hosts_us(layout)
     findings += judge_links("between hosts", rates, late, layout.names, bits=True, only_warn=False)
     if on_gpu and len(ranks) > hosts:
         # Of GPUs, each has a network card to itself or shares it with few; a slow host is named already.

@@ -7,7 +7,7 @@ take n - 1 rounds. Each way is measured apart: only so can a slow sender be told
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,24 +32,25 @@ _AGAIN = 2
 
 @dataclass(kw_only=True)
 class Links:
-    """What was measured between ranks."""
+    """What was measured; pairs are (sender, receiver)."""
 
     gb_per_s: dict[tuple[int, int], float] = field(default_factory=dict)
-    """From the first to the second."""
+    """Between ranks, while the other ranks of their hosts sent as well."""
     us: dict[tuple[int, int], float] = field(default_factory=dict)
     """Half of the quickest round trip that the first began."""
+    hosts_gb_per_s: dict[tuple[int, int], float] = field(default_factory=dict)
+    """Between hosts, all ranks side by side until the last of them was done."""
     left_out: int = 0
     """Rounds for which there was no time."""
 
-    def between(self, layout: Layout) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
-        """The same between hosts: rates of all their ranks together, and the quickest round trip."""
-        rates: dict[tuple[int, int], float] = {}
-        late: dict[tuple[int, int], float] = {}
-        for (source, to), rate in self.gb_per_s.items():
+    def hosts_us(self, layout: Layout) -> dict[tuple[int, int], float]:
+        """The quickest round trip between any two ranks of two hosts, halved."""
+        found: dict[tuple[int, int], float] = {}
+        for (source, to), us in self.us.items():
             pair = layout.host_of[source], layout.host_of[to]
-            rates[pair] = rates.get(pair, 0.0) + rate
-            late[pair] = min(late.get(pair, float("inf")), self.us[source, to])
-        return rates, late
+            if pair in self.hosts_gb_per_s:
+                found[pair] = min(us, found.get(pair, float("inf")))
+        return found
 
 
 def rounds(members: Sequence[int]) -> list[list[tuple[int, int]]]:
@@ -90,6 +91,7 @@ def _both_ways(pairs: Sequence[tuple[int, int]]) -> Round:
 
 def measure_links(
     world: World,
+    layout: Layout,
     plan: Sequence[Round],
     again: Callable[[Links], list[Round]],
     *,
@@ -101,6 +103,7 @@ def measure_links(
 
     Args:
         world: the ranks.
+        layout: where they are.
         plan: rounds, the same on every rank.
         again: rounds of what looks slow.
         seconds: for each way of a pair.
@@ -114,12 +117,12 @@ def measure_links(
             found.left_out = len(plan) - number
             break
         say(f"round {number + 1} of {len(plan)}")
-        _measure(world, partners, seconds, found)
+        _measure(world, layout, partners, seconds, found)
     for _ in range(_AGAIN):
         repeated = again(found)
         for partners in repeated:
             say("what looks slow, once more")
-            _measure(world, partners, seconds, found)
+            _measure(world, layout, partners, seconds, found)
         if not repeated:
             break
     return found
@@ -127,9 +130,7 @@ def measure_links(
 
 def slow_hosts_again(layout: Layout) -> Callable[[Links], list[Round]]:
     """Pairs of hosts that look slow."""
-    return lambda links: [
-        _partners(layout, pairs) for pairs in _disjoint(suspects(links.between(layout)[0], _SUSPECTS))
-    ]
+    return lambda links: [_partners(layout, pairs) for pairs in _disjoint(suspects(links.hosts_gb_per_s, _SUSPECTS))]
 
 
 def slow_ranks_again(links: Links) -> list[Round]:
@@ -148,58 +149,70 @@ def _disjoint(pairs: Sequence[tuple[int, int]]) -> list[list[tuple[int, int]]]:
     return found
 
 
-def _measure(world: World, partners: Round, seconds: float, into: Links) -> None:
+def _measure(world: World, layout: Layout, partners: Round, seconds: float, into: Links) -> None:
     """One round; the better one counts of what was measured before."""
-    mine = None
-    world.barrier()
-    if world.rank in partners:
-        mine = [partners[world.rank], *_with(world, partners[world.rank], seconds)]
-    for rank, each in enumerate(world.gather(mine)):
-        if each is not None:
-            pair = rank, int(each[0])
-            into.gb_per_s[pair] = max(each[1], into.gb_per_s.get(pair, 0.0))
-            into.us[pair] = min(each[2], into.us.get(pair, float("inf")))
+    order = {rank: (host, rank) for rank, host in enumerate(layout.host_of)}
+    ahead = {rank: partner for rank, partner in partners.items() if order[rank] < order[partner]}
+    for senders in (ahead, {partner: rank for rank, partner in ahead.items()}):
+        _one_way(world, layout, senders, seconds, into)
+        late = None
+        if world.rank in senders:
+            late = _ping(world, senders[world.rank], begins=True)
+        elif world.rank in partners:
+            _ping(world, partners[world.rank], begins=False)
+        for rank, us in enumerate(world.gather(late)):
+            if us is not None:
+                pair = rank, senders[rank]
+                into.us[pair] = min(us, into.us.get(pair, float("inf")))
 
 
-def _with(world: World, partner: int, seconds: float) -> tuple[float, float]:
-    """This rank's rate to its partner in GB/s, and half of a round trip in microseconds."""
+def _one_way(world: World, layout: Layout, senders: Mapping[int, int], seconds: float, into: Links) -> None:
+    """All senders at once, more and more, until it takes long enough to be believed.
+
+    Limits on a link let a little through at once, so the first sizes say little. The ranks of a host may share its
+    network: they begin together, and the host's rate is what all of them have sent until the last one was done.
+    """
     chunk = torch.zeros(_CHUNK[world.device.type], device=world.device, dtype=torch.uint8)
-    rate = late = 0.0
-    for sends in (True, False) if world.rank < partner else (False, True):
-        if sends:
-            rate = _send(world, partner, chunk, seconds)
-            late = _ping(world, partner, begins=True)
-        else:
-            _receive(world, partner, chunk)
-            _ping(world, partner, begins=False)
-    return rate, late
-
-
-def _send(world: World, partner: int, chunk: torch.Tensor, seconds: float) -> float:
-    """More and more, until it takes long enough to be believed: limits on a link let a little through at once."""
     size, most = _FIRST[world.device.type], _MOST_CHUNKS * chunk.numel()
-    heard = torch.zeros(1, dtype=torch.int64)
-    while True:
-        dist.send(torch.tensor([size]), partner, group=world.control)
-        begun = time.perf_counter()
-        _post(dist.isend, chunk, partner, size)
-        dist.recv(heard, partner, group=world.control)  # it has all
-        took = time.perf_counter() - begun
-        if took >= seconds / 4 or size >= most:
-            dist.send(torch.tensor([0]), partner, group=world.control)
-            return size / took / 1e9
+    groups: dict[tuple[int, int], list[int]] = {}
+    for rank, partner in senders.items():
+        hosts = layout.host_of[rank], layout.host_of[partner]
+        groups.setdefault(hosts if hosts[0] != hosts[1] else (rank, partner), []).append(rank)
+    running = {rank: ranks for ranks in groups.values() for rank in ranks}
+    from_whom = {partner: rank for rank, partner in senders.items()}
+    while running:
+        took = None
+        if world.rank in running:
+            took = _sent(world, senders[world.rank], chunk, size)
+        elif from_whom.get(world.rank) in running:
+            _receive(world, from_whom[world.rank], chunk, size)
+        answers = world.gather(took)  # and nobody begins before all are done
+        for rank, ranks in list(running.items()):
+            last = max(answers[each] for each in ranks)
+            if last < seconds / 4 and size < most:
+                continue
+            pair, hosts = (rank, senders[rank]), (layout.host_of[rank], layout.host_of[senders[rank]])
+            into.gb_per_s[pair] = max(size / answers[rank] / 1e9, into.gb_per_s.get(pair, 0.0))
+            if hosts[0] != hosts[1]:
+                together = len(ranks) * size / last / 1e9
+                into.hosts_gb_per_s[hosts] = max(together, into.hosts_gb_per_s.get(hosts, 0.0))
+            del running[rank]
         size = min(most, 8 * size)
 
 
-def _receive(world: World, partner: int, chunk: torch.Tensor) -> None:
-    size = torch.zeros(1, dtype=torch.int64)
-    while True:
-        dist.recv(size, partner, group=world.control)
-        if not int(size):
-            return
-        _post(dist.irecv, chunk, partner, int(size))
-        finish(world)
-        dist.send(size, partner, group=world.control)
+def _sent(world: World, partner: int, chunk: torch.Tensor, size: int) -> float:
+    """Seconds until the partner says, over the control group, that it has all."""
+    heard = torch.zeros(1, dtype=torch.int64)
+    begun = time.perf_counter()
+    _post(dist.isend, chunk, partner, size)
+    dist.recv(heard, partner, group=world.control)
+    return time.perf_counter() - begun
+
+
+def _receive(world: World, partner: int, chunk: torch.Tensor, size: int) -> None:
+    _post(dist.irecv, chunk, partner, size)
+    finish(world)
+    dist.send(torch.ones(1, dtype=torch.int64), partner, group=world.control)
 
 
 def _post(operation: Callable[..., object], chunk: torch.Tensor, partner: int, size: int) -> None:

@@ -19,25 +19,35 @@ from trainer.secrets import redacted_words
 _MOST_RANKS = 64
 
 
-def writable(folder: Path) -> None:
+def writable(folder: Path, key: str) -> None:
     """Before minutes are spent on what is to be written there.
+
+    Args:
+        folder: for both files.
+        key: what names it.
 
     Raises:
         ConfigError: it can't be.
     """
-    with _writing(folder):
+    with _writing(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(13, "Permission denied")
 
 
-def write(report: Report, folder: Path, *, picture: bool = True) -> None:
+def write(report: Report, folder: Path, key: str, *, picture: bool = True) -> None:
     """Both files, the picture where it is asked for and there were pairs to measure.
+
+    Args:
+        report: whole.
+        folder: for both.
+        key: what names it.
+        picture: whether to draw.
 
     Raises:
         ConfigError: the folder can't be written.
     """
-    with _writing(folder):
+    with _writing(folder, key):
         folder.mkdir(parents=True, exist_ok=True)
         unfinished = folder / ".doctor.json.new"
         unfinished.write_text(json.dumps(_as_json(report), indent=1))
@@ -68,12 +78,12 @@ def _draw(report: Report, path: Path) -> None:
         names = [layout.name_of(rank) for rank in range(len(layout.host_of))]
         draw_links(links, names, bits=several, title="From rank to rank", path=path)
     else:
-        draw_links(measured.between.between(layout)[0], layout.names, bits=True, title="From host to host", path=path)
+        draw_links(measured.between.hosts_gb_per_s, layout.names, bits=True, title="From host to host", path=path)
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def _writing(folder: Path, key: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"doctor: {folder} can't be written: {error.strerror}. Choose another (--json).") from error
+        raise ConfigError(f"doctor: {folder} can't be written: {error.strerror}. Choose another ({key}).") from error

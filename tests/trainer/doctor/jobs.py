@@ -16,20 +16,20 @@ def on_hosts(words: list[str], slow_sender: int | None = None) -> tuple[int, str
 
     Args:
         words: after `doctor`.
-        slow_sender: what this rank sends takes ten times as long.
+        slow_sender: what this rank sends takes twenty times as long.
     """
     from trainer.doctor import pairs
 
     rank = int(os.environ["RANK"])
-    send = pairs._send
+    sent = pairs._sent
 
     def slowly(*arguments: object) -> float:
-        rate: float = send(*arguments)  # type: ignore[arg-type]
-        return rate if rank == slow_sender else max(rate, 1.0) * 10
+        took: float = sent(*arguments)  # type: ignore[arg-type]
+        return took * (20 if rank == slow_sender else 1)
 
     with (
         mock.patch("trainer.doctor.hosts.this_host", return_value=[f"algo-{rank + 1}", "boot", "net"]),
-        mock.patch("trainer.doctor.pairs._send", send if slow_sender is None else slowly),
+        mock.patch("trainer.doctor.pairs._sent", slowly),
     ):
         return command(["doctor", *words])
 

@@ -174,7 +174,12 @@ GPUS = Layout(names=("a", "b", "c"), called=("a", "b", "c"), host_of=(0, 0, 1, 1
 def between(slow: set[int]) -> Measured:
     """Three hosts of two GPUs; what these ranks send takes ten times as long."""
     pairs = [(a, b) for a in range(6) for b in range(6) if a // 2 != b // 2 and a % 2 == b % 2]
-    links = Links(gb_per_s={pair: 2.5 if pair[0] in slow else 25.0 for pair in pairs}, us=dict.fromkeys(pairs, 20.0))
+    rates = {pair: 2.5 if pair[0] in slow else 25.0 for pair in pairs}
+    hosts = {
+        (a // 2, b // 2): sum(rate for (c, d), rate in rates.items() if (a // 2, b // 2) == (c // 2, d // 2))
+        for a, b in pairs
+    }
+    links = Links(gb_per_s=rates, us=dict.fromkeys(pairs, 20.0), hosts_gb_per_s=hosts)
     return Measured(flops=[1e12] * 6, between=links)
 
 

@@ -22,21 +22,29 @@ Answers = list[tuple[int, str, str]]
 
 
 def begin(
-    at: Sequence[Host], *words: str, size: int | None = None, script: str = "doctor.py"
+    at: Sequence[Host], *words: str, size: int | None = None, each: int = 1, script: str = "doctor.py"
 ) -> list[subprocess.Popen[str]]:
-    """A script with one rank on each host, started by hand."""
+    """A script with so many ranks on each host, started by hand."""
     kept = {name: value for name, value in os.environ.items() if "SOCKET_IFNAME" not in name}
-    meeting = {"WORLD_SIZE": str(size or len(at)), "MASTER_ADDR": at[0].address, "MASTER_PORT": "29511"}
+    meeting = {"WORLD_SIZE": str(size or each * len(at)), "MASTER_ADDR": at[0].address, "MASTER_PORT": "29511"}
     return [
         subprocess.Popen(
             host.words(sys.executable, str(ROOT / "scripts" / script), *words),
-            env={**kept, **meeting, "RANK": str(rank), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
+            env={
+                **kept,
+                **meeting,
+                "OMP_NUM_THREADS": "1",
+                "RANK": str(each * number + local),
+                "LOCAL_RANK": str(local),
+                "LOCAL_WORLD_SIZE": str(each),
+            },
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
         )
-        for rank, host in enumerate(at)
+        for number, host in enumerate(at)
+        for local in range(each)
     ]
 
 
@@ -63,7 +71,9 @@ def wait_for_traffic(host: Host, started: Sequence[subprocess.Popen[str]]) -> No
 
 
 def examine(at: Sequence[Host], folder: Path, *words: str) -> Answers:
-    return end(begin(at, "--json", str(folder), *words))
+    answers = end(begin(at, "--json", str(folder), *words))
+    assert (folder / "doctor.json").exists(), answers
+    return answers
 
 
 @pytest.mark.parametrize("slow", [None, 0, 1], ids=["none", "first", "second"])
@@ -80,6 +90,19 @@ def test_two_hosts_with_one_link_at_a_tenth_name_its_side(tmp_path: Path, slow: 
         assert (named["level"], named["where"]) == ("failure", [f"algo-{slow + 1}"])
         assert "slow at sending" in str(named["what"])
         assert [code for code, _, _ in answers] == [1, 1]
+
+
+def test_ranks_that_share_a_slow_link_do_not_hide_it(tmp_path: Path) -> None:
+    with hosts(2, rate="1gbit") as found:
+        found[0].shape("100mbit")
+        answers = end(begin(found, "--quick", "--json", str(tmp_path), each=2))
+    assert [code for code, _, _ in answers] == [1] * 4, answers
+    named = findings(tmp_path)["between hosts"]
+    assert (named["level"], named["where"]) == ("failure", ["algo-1"])
+    rates = {
+        row["from"]: row["gb_per_s"] for row in json.loads((tmp_path / "doctor.json").read_text())["between_hosts"]
+    }
+    assert rates["algo-1"] == pytest.approx(0.0125, rel=0.5)
 
 
 @pytest.mark.parametrize("side", ["sending", "receiving"])
