@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from strategies.world import World
 from trainer.doctor.findings import Finding, Level
-from trainer.doctor.instances import Instance
+from trainer.instances import Instance
 
 SIZES = (2**10, 2**15, 2**20, 2**24, 2**27, 2**30)
 QUICK_SIZES = (2**10, 2**20, 2**24)

@@ -12,7 +12,7 @@ import torch
 from strategies import ec2
 from trainer.doctor.check import Asked, Check, differing, text_of
 from trainer.doctor.findings import Finding, Level, listed
-from trainer.doctor.instances import instances
+from trainer.instances import instances
 
 INFINIBAND = Path("/sys/class/infiniband")
 _AMAZON = "0x1d0f"

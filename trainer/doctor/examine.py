@@ -18,7 +18,7 @@ import torch.distributed as dist
 from strategies.backends import Backend, connect_ranks, disconnect_ranks
 from strategies.errors import ConfigError, TrainingError
 from strategies.world import Launch, World, open_store
-from trainer.doctor import check, instances
+from trainer.doctor import check
 from trainer.doctor.check import Asked, Check
 from trainer.doctor.disk import DiskCheck
 from trainer.doctor.efa import EFACheck, devices
@@ -27,9 +27,11 @@ from trainer.doctor.gpus import GPUsCheck
 from trainer.doctor.guard import Guard
 from trainer.doctor.host import LimitsCheck, MemoryCheck, SharedMemoryCheck, VersionsCheck
 from trainer.doctor.hosts import Layout, described, gathered, roll_call
+from trainer.doctor.instances import detected
 from trainer.doctor.measure import FULL, QUICK, Measured, judge_measured, measure
 from trainer.doctor.nccl import Listening, judge_network
 from trainer.doctor.network import InterfacesCheck, NamesCheck, route
+from trainer.instances import instances
 from trainer.liveness import is_broken_connection
 
 CHECKS: tuple[Check, ...] = (
@@ -214,7 +216,7 @@ def _look(
                 ranks_here=len(layout.ranks_on(host)),
                 threads=torch.get_num_threads(),
                 folders=wanted.folders,
-                instance_type=wanted.instance_type or instances.detected(),
+                instance_type=wanted.instance_type or detected(),
                 meeting=_meeting(launch),
                 interface=interface,
                 quick=wanted.quick,
@@ -267,7 +269,7 @@ def _between(report: Report, world: World, wanted: Wanted, guard: Guard, say: Ca
     report.measured = measure(world, report.layout, QUICK if wanted.quick else FULL, guard, say)
     if world.rank == 0:
         kinds = {looks["instance_type"] for looks in report.looks.values()}
-        instance = instances.instances().get(kinds.pop() or "") if len(kinds) == 1 else None
+        instance = instances().get(kinds.pop() or "") if len(kinds) == 1 else None
         report.findings += judge_measured(report.measured, report.layout, world, instance)
 
 

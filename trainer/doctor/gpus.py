@@ -10,7 +10,7 @@ from typing import Any
 
 from trainer.doctor.check import Asked, Check, differing
 from trainer.doctor.findings import Finding, listed
-from trainer.doctor.instances import instances
+from trainer.instances import instances
 
 _BASE = ("index", "name", "uuid", "driver_version", "memory.total", "memory.used", "temperature.gpu", "power.draw",
          "power.limit", "pstate")  # fmt: skip

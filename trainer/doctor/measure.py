@@ -22,7 +22,6 @@ from trainer.doctor.efa import counters, devices, differences, judge_counters
 from trainer.doctor.findings import Finding, Level, plural
 from trainer.doctor.guard import Guard
 from trainer.doctor.hosts import Layout
-from trainer.doctor.instances import Instance
 from trainer.doctor.pairs import (
     Links,
     between_hosts,
@@ -33,6 +32,7 @@ from trainer.doctor.pairs import (
 )
 from trainer.doctor.speed import judge_speed, measure_speed
 from trainer.doctor.verdicts import find_slow, judge_expected, judge_links
+from trainer.instances import Instance
 
 _CPU_MOST = 2**27
 

@@ -1,10 +1,11 @@
-"""EC2's machines with NVIDIA GPUs, as far as a launcher has to know what to ask for."""
+"""What a launcher asks for on each machine of a type."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from strategies.errors import ConfigError
+from trainer.instances import instances
 
 
 @dataclass(frozen=True)
@@ -18,51 +19,10 @@ class Instance:
     memory_gib: int
 
 
-# Type: GPUs, EFA interfaces, vCPUs, GiB. Source: EC2's instance type pages; tests/trainer/launch/cluster compares it
-# with the table in AWS's own sagemaker-hyperpod.
-_TABLE = """
-p3dn.24xlarge 8 1 96 768
-p4d.24xlarge 8 4 96 1152
-p4de.24xlarge 8 4 96 1152
-p5.4xlarge 1 1 16 256
-p5.48xlarge 8 32 192 2048
-p5e.48xlarge 8 32 192 2048
-p5en.48xlarge 8 16 192 2048
-p6-b200.48xlarge 8 8 192 2048
-g4dn.xlarge 1 0 4 16
-g4dn.2xlarge 1 0 8 32
-g4dn.4xlarge 1 0 16 64
-g4dn.8xlarge 1 1 32 128
-g4dn.12xlarge 4 1 48 192
-g4dn.16xlarge 1 1 64 256
-g5.xlarge 1 0 4 16
-g5.2xlarge 1 0 8 32
-g5.4xlarge 1 0 16 64
-g5.8xlarge 1 1 32 128
-g5.12xlarge 4 1 48 192
-g5.16xlarge 1 1 64 256
-g5.24xlarge 4 1 96 384
-g5.48xlarge 8 1 192 768
-g6.xlarge 1 0 4 16
-g6.2xlarge 1 0 8 32
-g6.4xlarge 1 0 16 64
-g6.8xlarge 1 1 32 128
-g6.12xlarge 4 1 48 192
-g6.16xlarge 1 1 64 256
-g6.24xlarge 4 1 96 384
-g6.48xlarge 8 1 192 768
-g6e.xlarge 1 0 4 32
-g6e.2xlarge 1 0 8 64
-g6e.4xlarge 1 0 16 128
-g6e.8xlarge 1 1 32 256
-g6e.12xlarge 4 1 48 384
-g6e.16xlarge 1 1 64 512
-g6e.24xlarge 4 2 96 768
-g6e.48xlarge 8 4 192 1536
-"""
-
 INSTANCES = {
-    name: Instance(*map(int, numbers)) for name, *numbers in (line.split() for line in _TABLE.strip().splitlines())
+    each.type: Instance(each.gpus, each.efa, each.cpus, each.memory_gib)
+    for each in instances().values()
+    if each.cpus is not None and each.memory_gib is not None
 }
 
 

@@ -17,9 +17,10 @@ from trainer.doctor.efa import EFACheck, counters, devices, differences, judge_c
 from trainer.doctor.findings import Level
 from trainer.doctor.gpus import GPUsCheck, troubles, xids
 from trainer.doctor.host import LimitsCheck, MemoryCheck, SharedMemoryCheck, VersionsCheck
-from trainer.doctor.instances import detected, given, instances
+from trainer.doctor.instances import detected, given
 from trainer.doctor.nccl import Listening, judge_network, read_log
 from trainer.doctor.network import InterfacesCheck, NamesCheck
+from trainer.instances import instances
 
 ASKED = Asked(host="a", hosts=("a",))
 

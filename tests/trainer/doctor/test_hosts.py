@@ -14,10 +14,10 @@ from trainer.doctor.clocks import judge_clocks, offset
 from trainer.doctor.collectives import _predicted_s, expected_gb_per_s, judge_collectives
 from trainer.doctor.findings import Finding, Level, listed, together, worst
 from trainer.doctor.hosts import Layout, arranged
-from trainer.doctor.instances import instances
 from trainer.doctor.measure import Measured, judge_measured
 from trainer.doctor.pairs import Links
 from trainer.doctor.speed import judge_speed
+from trainer.instances import instances
 
 torch = pytest.importorskip("torch")
 ASKED = Asked(host="a", hosts=("a", "b"))
