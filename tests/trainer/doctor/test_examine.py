@@ -75,7 +75,7 @@ def test_doctor_with_a_rank_missing_says_which(workers: Workers) -> None:
 
 
 def test_doctor_with_a_rank_that_dies_says_which(workers: Workers) -> None:
-    survivor, dead = workers.outcomes(dying, 2, ["--quick"], timeout=60)
+    survivor, dead = workers.outcomes(dying, 2, ["--quick"])
     assert dead.error == "Died"
     assert survivor.error is None, survivor
     code, _, err = survivor.value
@@ -128,7 +128,7 @@ def test_run_with_doctor_goes_on_after_a_warning_and_ends_at_a_failure(
     workers: Workers, tmp_path: Path, level: str, code: int
 ) -> None:
     words = [*ROWS, "doctor=quick", "trainer.max_steps=2", f"run.dir={tmp_path}"]
-    ended = workers.run(told_to_train, 2, words, level, timeout=60)
+    ended = workers.run(told_to_train, 2, words, level)
     assert [each.code for each in ended] == [code, code], ended[0].err
     line = "disk: /f: 1.0 of 9.0 GiB free."
     if level == "warning":
