@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random  # a job's number decides its port
 import shutil
 import socket
 import subprocess
@@ -50,6 +51,7 @@ SlurmctldTimeout=30
 SlurmdTimeout={miss_node_s}
 InactiveLimit=0
 MinJobAge=300
+FirstJobId={first}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}
@@ -81,9 +83,9 @@ class Lab:
             f"NodeName={name} NodeHostname={name} NodeAddr={name} Port={port} CPUs=4 RealMemory=2000 State=UNKNOWN"
             for name, port in zip(self.names, ports[1:], strict=True)
         )
-        given = {"host": socket.gethostname().partition(".")[0], "folder": folder, "ports": ports, "nodes": nodes}
         text = _CONF.format(
-            **given, names=",".join(self.names), miss_node_s=miss_node_s, forget_s=forget_s
+            host=socket.gethostname().partition(".")[0], folder=folder, ports=ports, nodes=nodes,
+            names=",".join(self.names), miss_node_s=miss_node_s, forget_s=forget_s, first=random.randint(1, 50_000),
         )  # fmt: skip
         (folder / "state").mkdir(parents=True)
         self._conf = folder / "slurm.conf"

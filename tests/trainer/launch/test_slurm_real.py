@@ -155,9 +155,7 @@ def test_job_is_stopped_by_its_time_limit_requeued_and_ends_with_the_losses_of_o
 ) -> None:
     here = site()
     begun = time.monotonic()
-    # Slurm may give the signal up to a minute early, so that of two minutes some 20 to 70 s are for training.
-    paced = ["launcher.time=2m", "launcher.stop_before=50s", "launcher.environment.PACE_S=0.1"]
-    timed = here.begin("timed", *paced, 'launcher.sbatch.comment=it\'s "a" #1')
+    timed = here.begin("timed", *PACED, "launcher.sbatch.comment='it is \"a\" #1'")
     whole, said = here.run("whole")
     assert whole == 0, said
     assert 'Comment=it is "a" #1' in here.lab.ask("scontrol", "show", "job")
