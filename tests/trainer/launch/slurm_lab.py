@@ -55,7 +55,10 @@ FirstJobId={first}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}
-PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=high Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -153,7 +156,7 @@ class Lab:
             time.sleep(0.5)
 
     def _nodes(self) -> str:
-        return self.ask("sinfo", "--noheader", "--Node", "--format=%N %T")
+        return self.ask("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %T")
 
     def _start_munge(self) -> None:
         key = self._folder / "munge.key"

@@ -241,6 +241,18 @@ def test_job_that_is_told_to_stop_leaves_a_checkpoint_and_the_same_command_goes_
     assert sorted(here.losses("told")) == list(range(1, STEPS + 1))
 
 
+def test_job_whose_place_is_taken_goes_on_later(site: Callable[..., Site]) -> None:
+    here = site()
+    command = here.begin("displaced", "launcher.environment.PACE_S=0.05")
+    here.wait_for_step("displaced", 60)
+    here.lab.ask("sbatch", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    code, said = here.end("displaced", command)
+    assert code == 0, said
+    assert said.count("launch: a job of higher priority takes its place; the job waits to go on") == 1
+    assert said.count("going on from") == 1
+    assert sorted(here.losses("displaced")) == list(range(1, STEPS + 1))
+
+
 def test_job_that_is_cancelled_stays_so(site: Callable[..., Site]) -> None:
     here = site()
     command = here.begin("gone", "launcher.environment.PACE_S=0.05")
