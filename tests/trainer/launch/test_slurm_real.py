@@ -67,7 +67,7 @@ class Paced(Trainer):
 
 
 if __name__ == "__main__":
-    if Path(f"broken-{{os.environ['SLURM_PROCID']}}").exists():
+    if Path(f"broken-{{os.environ.get('SLURM_PROCID')}}").exists():
         os._exit(127)
     run(Paced, "trainer.max_steps={STEPS}", "trainer.log_every=1", "trainer.eval_every=null", "trainer.global_batch=2",
         "trainer.micro_batch=1", "logger=[]", "hooks=[]", "checkpoint.every=50")
