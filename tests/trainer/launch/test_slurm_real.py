@@ -195,7 +195,7 @@ def test_node_dies_and_the_job_is_requeued_and_goes_on(site: Callable[..., Site]
 def test_grid_of_four_is_an_array_whose_jobs_are_requeued_one_by_one(site: Callable[..., Site]) -> None:
     here = site()
     begun = time.monotonic()
-    words = ["--multirun", "--sweep-dir", "sweep", "optimizer.lr=1e-3,1e-2", "seed=1,2"]
+    words = ["--multirun", "--sweep-dir", "sweep", "optimizer.lr=1e-3,1e-2", "seed=1,2", "trainer.micro_batch=2"]
     command = here.begin("sweep", *words, *PACED, nodes=1)
     here.lab.wait_until(
         "four jobs run", lambda: len(here.lab.ask("squeue", "-h", "-t", "RUNNING").splitlines()) == 4, 180
