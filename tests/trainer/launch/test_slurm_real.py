@@ -276,5 +276,5 @@ def test_failures_on_two_nodes_end_with_their_exit_code_and_reason(site: Callabl
     begun = time.monotonic()
     code, said = here.run("broken")  # the other rank waits for it, and would for days
     assert code not in (0, 2, 75), said
-    assert time.monotonic() - begun < 90
+    assert time.monotonic() - begun < 240
     assert "Exited with exit code 127" in said
