@@ -102,6 +102,9 @@ go_on() {
 if [[ $time_is_up ]] && ((code == 75 || code == 138)); then
     code=75
     go_on "the time is up"
+elif ((code == 75)) && [[ $(scontrol --oneliner show job "$job") == *" PreemptTime=2"* ]]; then
+    # Slurm requeues a job that stays until the end of its grace, but not one that has left in good order.
+    go_on "a job of higher priority takes its place"
 elif ((code && code != 2 && code != 75 && SLURM_JOB_NUM_NODES > 1)); then
     # Slurm takes minutes to miss a node, and would take this for the job's own failure.
     alone=(--overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)

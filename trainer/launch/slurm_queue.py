@@ -224,8 +224,9 @@ def _asked(words: Sequence[str], given: str | None = None) -> subprocess.Complet
         variables = {name: value for name, value in variables.items() if not _of_a_job(name)}
     try:
         return subprocess.run(
-            words, input=given, capture_output=True, text=True, timeout=_ANSWER_S, env=variables, check=False
-        )
+            words, input=given, capture_output=True, text=True, timeout=_ANSWER_S, env=variables, check=False,
+            start_new_session=True,  # a Ctrl-C is for this program, which asks what is meant
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise ConfigError(f"launch: there is no {words[0]} on this machine any more (launcher=slurm).") from error
     except subprocess.TimeoutExpired as error:

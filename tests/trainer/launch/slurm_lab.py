@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random  # a job's number decides its port
 import shutil
 import socket
 import subprocess
@@ -50,10 +51,14 @@ SlurmctldTimeout=30
 SlurmdTimeout={miss_node_s}
 InactiveLimit=0
 MinJobAge=300
+FirstJobId={first}
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 {nodes}
-PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=gpu Nodes={names} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=high Nodes={names} MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -81,9 +86,9 @@ class Lab:
             f"NodeName={name} NodeHostname={name} NodeAddr={name} Port={port} CPUs=4 RealMemory=2000 State=UNKNOWN"
             for name, port in zip(self.names, ports[1:], strict=True)
         )
-        given = {"host": socket.gethostname().partition(".")[0], "folder": folder, "ports": ports, "nodes": nodes}
         text = _CONF.format(
-            **given, names=",".join(self.names), miss_node_s=miss_node_s, forget_s=forget_s
+            host=socket.gethostname().partition(".")[0], folder=folder, ports=ports, nodes=nodes,
+            names=",".join(self.names), miss_node_s=miss_node_s, forget_s=forget_s, first=random.randint(1, 50_000),
         )  # fmt: skip
         (folder / "state").mkdir(parents=True)
         self._conf = folder / "slurm.conf"
@@ -151,7 +156,7 @@ class Lab:
             time.sleep(0.5)
 
     def _nodes(self) -> str:
-        return self.ask("sinfo", "--noheader", "--Node", "--format=%N %T")
+        return self.ask("sinfo", "--noheader", "--Node", "--partition=gpu", "--format=%N %T")
 
     def _start_munge(self) -> None:
         key = self._folder / "munge.key"

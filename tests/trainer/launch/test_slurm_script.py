@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.launch.slurm_programs import Programs, programs
+from tests.trainer.launch.slurm_programs import Programs, described, programs
 from trainer.launch import LaunchJob, SlurmLauncher
 from trainer.launch.slurm_script import directive
 
@@ -226,6 +226,16 @@ def test_job_of_which_a_node_is_gone_is_requeued(lab: Lab, text: str, ends: int,
     failed = ends not in (2, 75)
     assert (code, lab.programs.calls) == (ends, ["scontrol requeue 101"] if failed and not answers else []), out
     assert ("launch: a node doesn't answer; the job waits to go on" in out) == (failed and not answers)
+
+
+@pytest.mark.parametrize(("since", "requeued"), [("2026-11-22T08:00:00", True), ("None", False)])
+def test_job_whose_place_is_taken_is_requeued_but_not_one_that_was_told_to_stop(
+    lab: Lab, since: str, requeued: bool
+) -> None:
+    lab.programs.answer(described("RUNNING", PreemptTime=since))
+    code, out = lab.run(launcher(), "exit 75")
+    assert (code, lab.programs.calls) == (75, ["scontrol requeue 101"] if requeued else []), out
+    assert ("a job of higher priority takes its place; the job waits to go on" in out) == requeued
 
 
 def test_job_that_was_cancelled_is_not_asked_to_start_again(lab: Lab) -> None:
