@@ -90,9 +90,9 @@ class CommunicationClock:
                 self._flights.append(flight)
             else:
                 (self._waited if flight.awaited else self._sent).append((flight.begin, end))
-        found = length(self._waited), length([*self._waited, *self._sent])
+        exposed, whole = length(self._waited), length([*self._waited, *self._sent])
         self._waited, self._sent = [], []
-        return found
+        return exposed, max(exposed, whole)  # which rounding may have made the larger one
 
     @property
     def listens(self) -> bool:

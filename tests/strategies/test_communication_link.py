@@ -115,5 +115,8 @@ def test_communication_takes_as_long_as_the_link_needs(hosts: list[str], strateg
     for exposed, whole, sent in steps:
         assert sent > 2 * WIDTH * WIDTH * 4, "each rank sends as many bytes as there are gradients, or more"
         needed = sent * 8 / (MBIT * 1e6)
-        assert 0.9 * needed < whole < 1.5 * needed + 0.05, f"{whole} s, the link needs {needed} s: {steps}"
+        assert 0.9 * needed < whole, f"{whole} s, the link needs {needed} s: {steps}"
         assert exposed > 0.8 * needed, "there is next to nothing to hide behind"
+    # A busy machine only adds to it: that of the other rank is waited for, too.
+    least, sent = min((whole, sent) for _, whole, sent in steps)
+    assert least < 1.5 * sent * 8 / (MBIT * 1e6), f"never near what the link needs: {steps}"
