@@ -117,7 +117,7 @@ class Liveness:
         begun = time.monotonic()
         while self._verdict is None and self._heard is None:
             waited = time.monotonic() - begun
-            if waited > _LEAVE_S and (self._answered_at > begun or waited > _BEAT_GONE_S + _LEAVE_S):
+            if waited > (_BEAT_GONE_S if self._store_is_silent() else 0) + _LEAVE_S:
                 break
             self._wake.set()
             time.sleep(0.1)
