@@ -35,6 +35,8 @@ _CLOSING_S = 20.0
 """The same for one that has noticed, and is closing its files."""
 _STOP_S = 600.0
 """The same where only the store is gone: time for a last checkpoint."""
+_NO_STEP_S = 120.0
+"""The same, if nothing gets done in it."""
 _SURE_S = 30.0
 """How long rank 0 may be missing where the store can't tell any more whether it left in order."""
 _SAY_S = 5.0
@@ -138,7 +140,7 @@ class Liveness:
             if now - looked_at > 5 * _EVERY_S:  # asleep meanwhile
                 self._answered_at = now
             looked_at = now
-            if self._world.size == 1 or self._store_is_silent():
+            if self._world.size == 1 or self._store_gone_at is not None or self._store_is_silent():
                 self._verdict = self._verdict or self._words_alone(now - self._answered_at)
             self._watchdog.stay_awake()
             if (words := self._verdict or self._heard) is None:
@@ -254,7 +256,7 @@ class Liveness:
             self._verdict = self._words(0, first)
             return
         self._stop("the launcher's store is gone")
-        if missing_s > _STOP_S:
+        if missing_s > _STOP_S or min(missing_s, self._watchdog.idle_s()) > _NO_STEP_S:
             self._verdict = "the launcher or the machine of rank 0 is gone; start again to go on"
 
     def _stop(self, why: str) -> None:
