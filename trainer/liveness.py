@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -76,6 +76,8 @@ class Liveness:
         self._store_gone_at: float | None = None
         self._verdict: str | None = None
         self._heard: str | None = None
+        self._ends_since: float | None = None
+        self._failures: set[str] = set()
         self._watchdog = Watchdog(world, folder, hang_timeout_s)
 
     def __enter__(self) -> Liveness:
@@ -133,25 +135,39 @@ class Liveness:
     # In the thread that keeps the time. It waits for nothing.
 
     def _watch(self) -> None:
-        since: float | None = None
         looked_at = time.monotonic()
         while not self._closed.wait(self._watchdog.every_s):
             now = time.monotonic()
             if now - looked_at > 5 * _EVERY_S:  # asleep meanwhile
                 self._answered_at = now
             looked_at = now
-            if self._world.size == 1 or self._store_gone_at is not None or self._store_is_silent():
-                self._verdict = self._verdict or self._words_alone(now - self._answered_at)
             self._watchdog.stay_awake()
-            if (words := self._verdict or self._heard) is None:
-                since = None
-                continue
-            if since is None and words.startswith(HUNG):
+            with self._whatever_fails():
+                self._keep_time(now)
+
+    def _keep_time(self, now: float) -> None:
+        if self._world.size == 1 or self._store_gone_at is not None or self._store_is_silent():
+            self._verdict = self._verdict or self._words_alone(now - self._answered_at)
+        words = self._verdict or self._heard
+        if words is None:
+            return
+        if self._ends_since is None:
+            self._ends_since = now
+            if words.startswith(HUNG):
                 self._leave_stacks()
                 self._tell(words)
-            since = since or now
-            if now - since >= self._patience_s(words):
-                self._end(words)
+        if now - self._ends_since >= self._patience_s(words):
+            self._end(words)
+
+    @contextlib.contextmanager
+    def _whatever_fails(self) -> Iterator[None]:
+        """Nothing that goes wrong while looking may end the looking, nor the run."""
+        try:
+            yield
+        except Exception as error:
+            if repr(error) not in self._failures:
+                self._failures.add(repr(error))
+                LOGGER.warning("while looking after the ranks", exc_info=True)
 
     def _patience_s(self, words: str) -> float:
         handled = sys._current_exceptions().get(self._main)
@@ -180,7 +196,8 @@ class Liveness:
     def _follow(self) -> None:
         self._is_elsewhere = store_is_elsewhere(self._world)
         while not self._closed.is_set():
-            self._look()
+            with self._whatever_fails():
+                self._look()
             self._wake.wait(self._watchdog.every_s)
             self._wake.clear()
 
