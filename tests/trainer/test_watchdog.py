@@ -198,6 +198,16 @@ def test_time_asleep_doesnt_count(tmp_path: Path) -> None:
         assert dog.idle_s() == 0
 
 
+def test_end_disarms_for_good(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with mock.patch("trainer.watchdog.faulthandler") as library:
+        dog = watchdog(tmp_path)
+        assert library.dump_traceback_later.call_args.kwargs["exit"] is True
+        dog.end()
+        dog.stay_awake()  # by the thread that keeps the time, which may be late
+    assert [call[0] for call in library.method_calls] == ["dump_traceback_later", "cancel_dump_traceback_later"]
+
+
 def test_what_is_only_done_once_may_take_longer(tmp_path: Path) -> None:
     dog = watchdog(tmp_path)
     assert dog.limit_s() == 400
