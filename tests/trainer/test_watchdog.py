@@ -33,7 +33,7 @@ from trainer.rollcall import Answer, RollCall, missing, words
 from trainer.standing import standing
 from trainer.watchdog import Watchdog
 
-ENDLESS = (*TINY, "trainer.max_steps=1000000", "run.dir=run", "trainer.hang_timeout=5")
+ENDLESS = (*TINY, "trainer.max_steps=1000000", "run.dir=run", "trainer.hang_timeout=8")
 STUCK = """
 import sys, threading
 sys.path[:0] = [{root!r}]
@@ -71,9 +71,9 @@ def test_stopped_worker_is_named_within_the_time_and_all_end(tmp_path: Path) -> 
         wait_for(lambda: said(tmp_path) != [], process)
         named_s = time.monotonic() - begin
         assert process.wait(60) == 1
-    assert named_s < 5 + 1.5, "the set time, and what a busy machine needs to write a line"
+    assert named_s < 8 + 4, "the set time, and what a crowded machine needs to write a line"
     [line] = said(tmp_path)
-    assert line.startswith("TrainingError: no progress for 5 s: rank 1 (")
+    assert line.startswith("TrainingError: no progress for 8 s: rank 1 (")
     assert "is stopped (SIGSTOP); the other rank is in compute" in line
     assert "waiting in gloo:all_reduce" in line
     for rank in (0, 1):
