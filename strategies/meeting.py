@@ -57,7 +57,7 @@ def wait_for(store: dist.Store, keys: Sequence[str], who: Callable[[], str]) -> 
 
 def failed_to_meet(who: str, why: object) -> TrainingError:
     """The error of a rank that waits in vain."""
-    text = " ".join(str(why).split()).rstrip(".")
+    text = (str(why).splitlines() or ["no reason"])[0].strip().rstrip(".")
     return TrainingError(
         f"Launch: the ranks didn't come together within {MEETING.limit_s:g} s: {who}: {text}. Look at what others "
         "say, and start again, or give them more time (backend.meeting_s)"

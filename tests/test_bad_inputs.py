@@ -135,6 +135,8 @@ VALUES = {
     "time_in_words": bad("trainer.max_time=soon", "max_time='soon'", "30m", "trainer.max_time"),
     "time_infinite": bad("trainer.max_time=1e999", "max_time", "trainer.max_time"),
     "grace_in_words": bad("trainer.grace=never", "grace='never'", "trainer.grace"),
+    "hang_at_once": bad("trainer.hang_timeout=1", "hang_timeout=1 ", "15m", "null", "trainer.hang_timeout"),
+    "meeting_of_no_time": bad("backend.meeting_s=0", "meeting_s=0", "backend.meeting_s"),
     "batch_of_a_trillion": bad("trainer.global_batch=1000000000000 trainer.micro_batch=1", "1000000000000", "trainer.global_batch"),
     "length_zero": bad("data.length=0", "length=0", "data.length"),
     "share_of_all_for_validation": bad("data.validation=1", "validation=1.0", "data.validation"),

@@ -79,18 +79,16 @@ class Feed:
             self._loaded.append(next(self._steps))
         steps = [self._loaded.popleft() for _ in range(count)]
         request, elastic = self._request, self._world.elastic
-        answer = self._world.reduce_later(
-            [
-                *(sum(batch.num_targets for batch in batches) for batches in steps),
-                *(sum(batch.num_tokens for batch in batches) for batches in steps),
-            ],
-            votes=[
-                wish is not None, request.signal != 0, request.signal, request.out_of_time(),
-                elastic is not None and elastic.changed(), self._seconds_per_step(count),
-            ],
-        )  # fmt: skip
+        counts = [
+            *(sum(batch.num_targets for batch in batches) for batches in steps),
+            *(sum(batch.num_tokens for batch in batches) for batches in steps),
+        ]
+        votes = [
+            wish is not None, request.signal != 0, request.signal, request.out_of_time(),
+            elastic is not None and elastic.changed(), self._seconds_per_step(count),
+        ]  # fmt: skip
         with PULSE.waiting("the next step's counts"):
-            *sums, wishes, signalled, numbers, late, changed, seconds = answer()
+            *sums, wishes, signalled, numbers, late, changed, seconds = self._world.reduce(counts, votes=votes)
         if seconds > 0:
             self._at_once = max(1, int(AT_ONCE_S * self._world.size / seconds))
         stop = None

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,6 +35,8 @@ _CLOSING_S = 20.0
 """The same for one that has noticed, and is closing its files."""
 _STOP_S = 600.0
 """The same where only the store is gone: time for a last checkpoint."""
+_NO_STEP_S = 120.0
+"""The same, if nothing gets done in it."""
 _SURE_S = 30.0
 """How long rank 0 may be missing where the store can't tell any more whether it left in order."""
 _SAY_S = 5.0
@@ -74,6 +76,8 @@ class Liveness:
         self._store_gone_at: float | None = None
         self._verdict: str | None = None
         self._heard: str | None = None
+        self._ends_since: float | None = None
+        self._failures: set[str] = set()
         self._watchdog = Watchdog(world, folder, hang_timeout_s)
 
     def __enter__(self) -> Liveness:
@@ -117,7 +121,7 @@ class Liveness:
         begun = time.monotonic()
         while self._verdict is None and self._heard is None:
             waited = time.monotonic() - begun
-            if waited > _LEAVE_S and (self._answered_at > begun or waited > _BEAT_GONE_S + _LEAVE_S):
+            if waited > (_BEAT_GONE_S if self._store_is_silent() else 0) + _LEAVE_S:
                 break
             self._wake.set()
             time.sleep(0.1)
@@ -131,25 +135,39 @@ class Liveness:
     # In the thread that keeps the time. It waits for nothing.
 
     def _watch(self) -> None:
-        since: float | None = None
         looked_at = time.monotonic()
         while not self._closed.wait(self._watchdog.every_s):
             now = time.monotonic()
             if now - looked_at > 5 * _EVERY_S:  # asleep meanwhile
                 self._answered_at = now
             looked_at = now
-            if self._world.size == 1 or self._store_is_silent():
-                self._verdict = self._verdict or self._words_alone(now - self._answered_at)
             self._watchdog.stay_awake()
-            if (words := self._verdict or self._heard) is None:
-                since = None
-                continue
-            if since is None and words.startswith(HUNG):
+            with self._whatever_fails():
+                self._keep_time(now)
+
+    def _keep_time(self, now: float) -> None:
+        if self._world.size == 1 or self._store_gone_at is not None or self._store_is_silent():
+            self._verdict = self._verdict or self._words_alone(now - self._answered_at)
+        words = self._verdict or self._heard
+        if words is None:
+            return
+        if self._ends_since is None:
+            self._ends_since = now
+            if words.startswith(HUNG):
                 self._leave_stacks()
                 self._tell(words)
-            since = since or now
-            if now - since >= self._patience_s(words):
-                self._end(words)
+        if now - self._ends_since >= self._patience_s(words):
+            self._end(words)
+
+    @contextlib.contextmanager
+    def _whatever_fails(self) -> Iterator[None]:
+        """Nothing that goes wrong while looking may end the looking, nor the run."""
+        try:
+            yield
+        except Exception as error:
+            if repr(error) not in self._failures:
+                self._failures.add(repr(error))
+                LOGGER.warning("while looking after the ranks", exc_info=True)
 
     def _patience_s(self, words: str) -> float:
         handled = sys._current_exceptions().get(self._main)
@@ -178,7 +196,8 @@ class Liveness:
     def _follow(self) -> None:
         self._is_elsewhere = store_is_elsewhere(self._world)
         while not self._closed.is_set():
-            self._look()
+            with self._whatever_fails():
+                self._look()
             self._wake.wait(self._watchdog.every_s)
             self._wake.clear()
 
@@ -254,7 +273,7 @@ class Liveness:
             self._verdict = self._words(0, first)
             return
         self._stop("the launcher's store is gone")
-        if missing_s > _STOP_S:
+        if missing_s > _STOP_S or min(missing_s, self._watchdog.idle_s()) > _NO_STEP_S:
             self._verdict = "the launcher or the machine of rank 0 is gone; start again to go on"
 
     def _stop(self, why: str) -> None:

@@ -227,6 +227,7 @@ class Observer:
 
     def finish(self, progress: Progress, reason: str, *, stopped: bool) -> None:
         """Write the summary and the plots, and show them."""
+        PULSE.finishing("finishing")
         self._end("stopped" if stopped else "finished", reason)
         if self._window is not None:
             self._window.close(keep=True)

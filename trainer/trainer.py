@@ -21,6 +21,9 @@ from trainer.pulse import beating
 from trainer.session import Outcome, Session
 from trainer.stop import seconds
 
+_SHORTEST_HANG_S = 5
+_LONGEST_HANG_S = 30 * 24 * 3600
+
 
 class Recomputed(Enum):
     """What a block computes again in backward, so that it needn't be kept until then."""
@@ -119,7 +122,12 @@ class Trainer:
         self.recomputing = self._recomputing()
         seconds(self.max_time, "trainer.max_time")
         seconds(self.grace, "trainer.grace")
-        seconds(self.hang_timeout, "trainer.hang_timeout")
+        patience_s = seconds(self.hang_timeout, "trainer.hang_timeout")
+        if patience_s is not None and not _SHORTEST_HANG_S <= patience_s <= _LONGEST_HANG_S:
+            raise ConfigError(
+                f"Trainer: hang_timeout={self.hang_timeout} is not between {_SHORTEST_HANG_S} s and 30 days. "
+                "Give a time such as 15m, or null (trainer.hang_timeout)."
+            )
         self.task: Task | None = None
 
     def _recomputing(self) -> ActivationCheckpointing | None:

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import json
 import platform
+import threading
 import time
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -47,6 +48,7 @@ class Watchdog:
         self._roll: RollCall | None = None
         self._log: BinaryIO | None = None
         self._armed_at: float | None = None
+        self._arming = threading.Lock()
 
     def begin(self, main: int) -> None:
         """From now on time counts.
@@ -70,12 +72,13 @@ class Watchdog:
 
     def end(self) -> None:
         """No more; may be called twice."""
-        if self._armed_at is not None:
-            faulthandler.cancel_dump_traceback_later()
-            self._armed_at = None
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        with self._arming:  # or the other thread might arm it once more, and nobody would be left to disarm it
+            if self._armed_at is not None:
+                faulthandler.cancel_dump_traceback_later()
+                self._armed_at = None
+            if self._log is not None:
+                self._log.close()
+                self._log = None
 
     @property
     def every_s(self) -> float:
@@ -99,11 +102,12 @@ class Watchdog:
     def stay_awake(self) -> None:
         """Where nobody comes to call this any more, since a library holds the interpreter, C ends the process."""
         limit, now = self.limit_s(), time.monotonic()
-        if limit is None or self._log is None:
-            return
-        if self._armed_at is None or now - self._armed_at > limit / 20:
-            self._armed_at = now
-            faulthandler.dump_traceback_later(limit + _STUCK_S, exit=True, file=self._log)
+        with self._arming:
+            if limit is None or self._log is None:
+                return
+            if self._armed_at is None or now - self._armed_at > limit / 20:
+                self._armed_at = now
+                faulthandler.dump_traceback_later(limit + _STUCK_S, exit=True, file=self._log)
 
     def ask_around(self, stopped: list[int]) -> str | None:
         """Answer who asks; ask, where this rank stands still; what to say if no rank moves. Uses the store.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -15,7 +18,10 @@ from strategies import backends, meeting
 from strategies.backends import GlooBackend
 from strategies.errors import ConfigError, TrainingError
 from strategies.meeting import fall, wait_for
+from strategies.testing import Workers
 from strategies.world import Launch
+from tests.starts import Start, start
+from tests.trainer.jobs import ROWS
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +78,22 @@ def test_meeting_names_those_who_dont_come() -> None:
 def test_meeting_time_out_of_range_is_refused() -> None:
     with pytest.raises(ConfigError, match="meeting_s=0 is not between"):
         GlooBackend(meeting_s=0)
+
+
+def fail_early(words: list[str]) -> Start | str:
+    """A start whose second rank fails with something that nobody expected, before it has met the first."""
+    broken = mock.patch("trainer.build.parts_of", side_effect=RuntimeError("no driver"))
+    with broken if os.environ["RANK"] == "1" else contextlib.nullcontext():
+        try:
+            return start(words)
+        except RuntimeError as error:
+            return str(error)
+
+
+def test_rank_that_fails_before_it_is_connected_ends_the_others_at_once(workers: Workers, tmp_path: Path) -> None:
+    words = [*ROWS, "model=llama_tiny", "data=python_stdlib", f"run.dir={tmp_path / 'run'}"]
+    first, second = workers.run(fail_early, 2, words, timeout=60)
+    assert second == "no driver"
+    assert first.code == 1
+    assert first.err == "TrainingError: rank 1: RuntimeError: no driver\n"
+    assert first.seconds < 20

@@ -180,7 +180,7 @@ def test_stopped_worker_of_another_host_is_named_within_the_time(hosts: Hosts, v
         assert time.monotonic() - begin < 30
         time.sleep(0.1)
     named_s = time.monotonic() - begin
-    assert named_s < 12 + 1.5
+    assert named_s < 12 + 4
     [line] = hosts.said(1 - victim)
     assert line.startswith(f"TrainingError: no progress for 12 s: rank {victim} (host-{victim}) doesn't answer")
     assert processes[1 - victim].wait(60) == 1

@@ -33,7 +33,7 @@ from trainer.rollcall import Answer, RollCall, missing, words
 from trainer.standing import standing
 from trainer.watchdog import Watchdog
 
-ENDLESS = (*TINY, "trainer.max_steps=1000000", "run.dir=run", "trainer.hang_timeout=4")
+ENDLESS = (*TINY, "trainer.max_steps=1000000", "run.dir=run", "trainer.hang_timeout=8")
 STUCK = """
 import sys, threading
 sys.path[:0] = [{root!r}]
@@ -71,9 +71,9 @@ def test_stopped_worker_is_named_within_the_time_and_all_end(tmp_path: Path) -> 
         wait_for(lambda: said(tmp_path) != [], process)
         named_s = time.monotonic() - begin
         assert process.wait(60) == 1
-    assert named_s < 4 + 1.5, "the set time, and what a busy machine needs to write a line"
+    assert named_s < 8 + 4, "the set time, and what a crowded machine needs to write a line"
     [line] = said(tmp_path)
-    assert line.startswith("TrainingError: no progress for 4 s: rank 1 (")
+    assert line.startswith("TrainingError: no progress for 8 s: rank 1 (")
     assert "is stopped (SIGSTOP); the other rank is in compute" in line
     assert "waiting in gloo:all_reduce" in line
     for rank in (0, 1):
@@ -102,6 +102,10 @@ class Slow(Rows):
 
     pause_s: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.hang_timeout = 3.0  # shorter than anybody may say
+
     def loss(self, outputs: Any, batch: Batch) -> LossTerms:
         time.sleep(self.pause_s)
         return super().loss(outputs, batch)
@@ -112,7 +116,7 @@ def fit_slowly(folder: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def test_healthy_run_that_is_slow_goes_on(workers: Workers, tmp_path: Path) -> None:
-    slow = ("trainer.hang_timeout=1", "trainer.pause_s=0.5", "trainer.max_steps=2", "trainer.eval_every=1")
+    slow = ("trainer.pause_s=1.1", "trainer.max_steps=2", "trainer.eval_every=null")
     answers = workers.run(fit_slowly, 2, str(tmp_path / "run"), [*ROWS, *slow], timeout=100)
     assert [answer["progress"]["step"] for answer in answers] == [2, 2]
     assert "no progress" not in (tmp_path / "run" / "logs" / "rank-0.log").read_text()
@@ -192,6 +196,16 @@ def test_time_asleep_doesnt_count(tmp_path: Path) -> None:
         assert idle == pytest.approx(3, abs=0.5), "the hour in which the lid was closed"
         PULSE.beat()
         assert dog.idle_s() == 0
+
+
+def test_end_disarms_for_good(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with mock.patch("trainer.watchdog.faulthandler") as library:
+        dog = watchdog(tmp_path)
+        assert library.dump_traceback_later.call_args.kwargs["exit"] is True
+        dog.end()
+        dog.stay_awake()  # by the thread that keeps the time, which may be late
+    assert [call[0] for call in library.method_calls] == ["dump_traceback_later", "cancel_dump_traceback_later"]
 
 
 def test_what_is_only_done_once_may_take_longer(tmp_path: Path) -> None:
