@@ -25,6 +25,7 @@ from trainer.job import Job
 from trainer.keeper import Commit, Keeper
 from trainer.observer import Observer
 from trainer.progress import Progress
+from trainer.pulse import beating
 from trainer.shortage import told
 from trainer.stop import StopRequest, seconds
 
@@ -70,8 +71,7 @@ class Session:
         self._fresh: dict[str, float] = {}  # numbers of this very step
         self._continuity = Continuity()
         self._skips: list[Tensor] = []  # of each step, not yet read from the device
-        self._in_a_row = 0
-        self._unreported = 0
+        self._in_a_row = self._unreported = 0
         self._warned = self._warned_of_copies = False
 
     def __enter__(self) -> Session:
@@ -388,7 +388,7 @@ class Session:
             metrics=self.metrics,
             world=self.world,
             folder=self.job.folder,
-            predict=lambda batch: self.strategy.predict(self.model, batch.to(self.world.device)),
+            predict=beating(lambda batch: self.strategy.predict(self.model, batch.to(self.world.device))),
             tokenizer=self.parts.data.tokenizer,
             say=self.observer.say,
             log_text=lambda title, text: self.observer.text(self.progress.step, title, text),

@@ -14,7 +14,6 @@ from strategies.errors import ConfigError
 from trainer.data.base import Tokenizer
 from trainer.hooks.base import Hook, Moment
 from trainer.metrics.text import printable
-from trainer.pulse import PULSE
 
 _ROUND_TO = 64
 """Lengths are padded to multiples of this, so that a compiled model sees few shapes."""
@@ -119,7 +118,6 @@ class TextSamples(Hook):
         for _ in range(self.length):
             batch = self._window_batch(rows, moment.tokenizer.padding)
             outputs = moment.predict(batch)
-            PULSE.beat()
             logits = outputs if isinstance(outputs, Tensor) else getattr(outputs, "logits", None)
             if logits is None or logits.dim() != 3 or logits.shape[1] != batch.labels.shape[1]:
                 return None
