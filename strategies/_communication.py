@@ -75,7 +75,8 @@ class CommunicationClock:
             vars(dist).update(self._plain)
             _IN_STEP.pop(threading.get_ident(), None)
             for flight in self._flights:
-                if flight.end is None and _is_over(flight.work):
+                work = flight.work
+                if flight.end is None and work is not None and _is_over(work):
                     flight.end = time.perf_counter()  # the other thread hasn't come to it
 
     def take(self) -> tuple[float | None, float | None]:
@@ -142,7 +143,8 @@ class CommunicationClock:
 @dataclass(slots=True)
 class _Flight:
     begin: float
-    work: dist.Work
+    work: dist.Work | None
+    """None: it is over; its tensors may be large, and aren't to live until the end of the step for this."""
     awaited: bool
     end: float | None = None
 
@@ -157,10 +159,13 @@ def _is_over(work: dist.Work) -> bool:
 
 def _follow(under_way: queue.SimpleQueue[_Flight | None]) -> None:
     while (flight := under_way.get()) is not None:
+        work = flight.work
+        assert work is not None
         with contextlib.suppress(Exception):  # whoever waits for it in the step hears why
-            flight.work.wait()
+            work.wait()
         flight.end = flight.end or time.perf_counter()
-        del flight
+        flight.work = None
+        del flight, work
 
 
 class _Handle(dist.Work):
