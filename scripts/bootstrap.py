@@ -191,7 +191,7 @@ def test(arguments: list[str]) -> int:
 
 def parts() -> list[list[str]]:
     """pytest's arguments for three processes; together every test, once. The first part's wait most of the time."""
-    waiting = ["tests/faults", "tests/scripts", "tests/trainer/launch", "tests/trainer/sagemaker"]
+    waiting = ["tests/faults", "tests/scripts", *map("tests/trainer/{}".format, ("checkpoint", "launch", "sagemaker"))]
     second = ["tests/trainer", *sorted(map(str, Path("tests").glob("test_*.py")))]
     not_waiting = [f"--ignore={path}" for path in waiting]
     return [waiting, [*second, *not_waiting], [*not_waiting, *(f"--ignore={path}" for path in second)]]

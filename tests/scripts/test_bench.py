@@ -82,7 +82,7 @@ def test_bench_wrong_is_refused_in_one_line(words: list[str], said: str, capsys:
 def test_bench_trains_the_same_job_by_both(tmp_path: Path) -> None:
     page = tmp_path / "new" / "page.md"
     words = ["--model", "tiny", "--processes", "2", "--strategy", "ddp", "--precision", "bf16"]
-    words += ["--rounds", "1", "--steps", "12", "--no-checkpoints"]
+    words += ["--rounds", "1", "--steps", "8", "--no-checkpoints"]
     ended = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, "--output", str(page)],
         capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path,
