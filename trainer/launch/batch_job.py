@@ -9,7 +9,7 @@ from typing import Any
 from strategies.errors import ConfigError
 from trainer.launch.base import LaunchedJob, LaunchJob, State, Status
 from trainer.launch.following import newest_numbers
-from trainer.launch.sagemaker_job import told
+from trainer.launch.sagemaker_job import session_in, told
 from trainer.stop import EXIT_STOPPED, EXIT_WRONG_INPUT
 
 _STATES = {"SUCCEEDED": State.finished, "FAILED": State.failed, "RUNNING": State.running}
@@ -33,22 +33,9 @@ class Services:
     """
 
     def __init__(self, region: str | None) -> None:
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise ConfigError(
-                "launch: boto3 isn't installed, which launcher=batch needs. pip install 'shardwright[aws]' (launcher)."
-            ) from error
-        settings = Config(retries={"mode": "standard", "max_attempts": 8}, user_agent_extra="shardwright")
+        session, settings = session_in(region, "batch")
+        self.region: str = session.region_name
         with told():
-            session = boto3.session.Session(region_name=region)
-            if session.region_name is None:
-                raise ConfigError(
-                    "launch: which region? Name one, as in launcher.region=us-east-1, or set AWS_DEFAULT_REGION "
-                    "(launcher.region)."
-                )
-            self.region: str = session.region_name
             self._batch = session.client("batch", config=settings)
             self._logs = session.client("logs", config=settings)
 

@@ -36,23 +36,9 @@ class Services:
     """
 
     def __init__(self, region: str | None) -> None:
-        try:
-            import boto3
-            from botocore.config import Config
-        except ImportError as error:
-            raise ConfigError(
-                "launch: boto3 isn't installed, which launcher=sagemaker needs. pip install 'shardwright[aws]' "
-                "(launcher)."
-            ) from error
-        settings = Config(retries={"mode": "standard", "max_attempts": 8}, user_agent_extra="shardwright")
+        session, settings = session_in(region, "sagemaker")
+        self.region: str = session.region_name
         with told():
-            session = boto3.session.Session(region_name=region)
-            if session.region_name is None:
-                raise ConfigError(
-                    "launch: which region? Name one, as in launcher.region=us-east-1, or set AWS_DEFAULT_REGION "
-                    "(launcher.region)."
-                )
-            self.region: str = session.region_name
             self.jobs = session.client("sagemaker", config=settings)
             self._files = session.client("s3", config=settings)
             self._logs = session.client("logs", config=settings)
@@ -244,6 +230,34 @@ def console_link(name: str, region: str) -> str:
     domain = {"cn": "amazonaws.cn", "us-gov": "amazonaws-us-gov.com"}
     ends = next((end for start, end in domain.items() if region.startswith(f"{start}-")), "aws.amazon.com")
     return f"https://{region}.console.{ends}/sagemaker/home?region={region}#/jobs/{plain_name(name)}"
+
+
+def session_in(region: str | None, launcher: str) -> tuple[Any, Any]:
+    """boto3's session and the settings of its clients, for a launcher of AWS.
+
+    Args:
+        region: None: as AWS's configuration says.
+        launcher: its name, for people.
+
+    Raises:
+        ConfigError: there is no boto3, or no region.
+    """
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise ConfigError(
+            f"launch: boto3 isn't installed, which launcher={launcher} needs. pip install 'shardwright[aws]' "
+            "(launcher)."
+        ) from error
+    with told():
+        session = boto3.session.Session(region_name=region)
+    if session.region_name is None:
+        raise ConfigError(
+            "launch: which region? Name one, as in launcher.region=us-east-1, or set AWS_DEFAULT_REGION "
+            "(launcher.region)."
+        )
+    return session, Config(retries={"mode": "standard", "max_attempts": 8}, user_agent_extra="shardwright")
 
 
 @contextmanager
