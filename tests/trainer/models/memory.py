@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -34,7 +34,9 @@ LITTLE = {**LARGE, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_la
 _IMPORTED = (
     *("torch.distributed.fsdp", "torch.distributed.tensor", "transformers.models.llama.modeling_llama"),
     *("strategies.fsdp", "trainer.checkpoint.metadata", "trainer.commands.export", "trainer.models.hf"),
+    *("trainer.config", "trainer.commands.trained"),
 )
+_WHERE_IT_IS = ("deepspeed",)  # transformers imports it where it saves a model
 _MIB = 1 << 20
 _PAUSE_S = 0.002
 
@@ -100,6 +102,9 @@ def _run(end: Connection, rank: int, size: int, port: int, job: Callable[..., An
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     for name in _IMPORTED:
         importlib.import_module(name)
+    for name in _WHERE_IT_IS:
+        if importlib.util.find_spec(name):
+            importlib.import_module(name)
     import torch
 
     torch.set_num_threads(1)
