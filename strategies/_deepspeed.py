@@ -14,6 +14,7 @@ import sys
 import warnings
 import zlib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,7 +119,8 @@ def operators() -> Path:
     information = Path("/proc/cpuinfo")
     features = next((line for line in _lines(information) if line.startswith(("flags", "Features"))), "")
     processor = f"{platform.machine()}-{zlib.crc32(features.encode()):08x}"
-    versions = f"torch-{torch.__version__}-python-{sys.version_info[0]}.{sys.version_info[1]}"
+    libraries = f"torch-{torch.__version__}-deepspeed-{version('deepspeed')}"
+    versions = f"{libraries}-python-{sys.version_info[0]}.{sys.version_info[1]}"
     return base / "shardwright" / "operators" / f"{versions}-{processor}"
 
 
@@ -132,6 +134,7 @@ def compile_cpu_adam() -> None:
         ConfigError: it can't be compiled here.
     """
     from deepspeed.ops.op_builder import CPUAdamBuilder
+    from deepspeed.ops.op_builder.builder import OpBuilder
     from filelock import FileLock
 
     builder, root = CPUAdamBuilder(), operators()
@@ -140,12 +143,17 @@ def compile_cpu_adam() -> None:
     before = os.environ.get("TORCH_EXTENSIONS_DIR")
     with FileLock(root / f"{builder.name}.lock"):
         (folder / "lock").unlink(missing_ok=True)
+        finished = folder / "finished"  # else a killed build may have left a part
+        if finished.exists():  # torch would compile again for another environment with the same libraries
+            OpBuilder._loaded_ops[builder.name] = _loaded(builder.name, folder / f"{builder.name}.so")
+            return
         if not any(folder.glob("*.so")):
             sys.stderr.write(f"compiling DeepSpeed's Adam for this processor, once, into {folder} (about a minute)\n")
         os.environ["TORCH_EXTENSIONS_DIR"] = str(root)
         try:
             with unheard():
                 builder.load()
+            finished.touch()
         except Exception as error:
             reason = next((line for line in str(error).splitlines() if "error" in line.lower()), type(error).__name__)
             raise ConfigError(
@@ -157,6 +165,14 @@ def compile_cpu_adam() -> None:
                 del os.environ["TORCH_EXTENSIONS_DIR"]
             else:
                 os.environ["TORCH_EXTENSIONS_DIR"] = before
+
+
+def _loaded(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def cpu_adam(optimizer: Optimizer) -> Optimizer:

@@ -117,6 +117,10 @@ class AbstractWatch(ABC):
         """Until the next look."""
         time.sleep(wait_s)
 
+    def last_lines(self) -> None:
+        """Wait for the lines of a log that come after the job's end: they say why."""
+        self.pause(EVERY_S)
+
     def close(self) -> None:
         """Let go of what is held; `look` may come again."""
 
@@ -161,7 +165,7 @@ def follow_until_end(watch: AbstractWatch, ask: Callable[[str], bool] | None = N
             screen.open()
             while not watch.look_patiently():
                 watch.pause(EVERY_S)
-            watch.pause(EVERY_S)  # the last lines of a log come after the end, and they say why
+            watch.last_lines()
             watch.look_patiently()
             screen.close()
             return watch.end()

@@ -17,6 +17,8 @@ from trainer.launch.kubernetes_job import PodsJob, container_of, exit_code_of, p
 from trainer.metrics.screen import Screen
 from trainer.stop import EXIT_STOPPED
 
+_PATIENCE_S = 60.0
+"""How long the log of a container that has ended may take to come."""
 _STAMP = re.compile(r"(\d{4}-\d\d-\d\dT[0-9:.]+Z) ?(.*)", re.DOTALL)
 
 
@@ -87,6 +89,10 @@ class Watch(AbstractWatch):
                 if self._status.state.over:
                     return
                 self.close()
+
+    def last_lines(self) -> None:
+        if self._tail is not None:  # a log that was opened ends with its container
+            self.pause(_PATIENCE_S)
 
     def end(self) -> int:
         self.screen.print(_line(self._status))
