@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies._communication import CommunicationClock, ReducerWatch
-from strategies.base import Collective, Footprint, ModelSpec, Plan, WorldSpec
+from strategies._ddp_traffic import Messages
+from strategies.base import Footprint, ModelSpec, Plan, WorldSpec
 from strategies.errors import ConfigError
 from strategies.world import World
 
@@ -57,21 +58,17 @@ def arguments(
     }
 
 
-def predicted(
-    model: ModelSpec, world: WorldSpec, plan: Plan, *, bucket_mb: float = 25.0, sent_bytes: int | None = None
-) -> Footprint:
+def predicted(model: ModelSpec, world: WorldSpec, plan: Plan, messages: Messages) -> Footprint:
     """The footprint of a rank.
 
     Args:
         model: what is trained.
         world: ranks.
         plan: how a step goes.
-        bucket_mb: MiB of gradients that travel together.
-        sent_bytes: bytes of each number that travels; None: those of the gradients.
+        messages: in what gradients travel.
     """
     number = plan.precision.master_dtype.itemsize
     gradients = model.num_trainable * number
-    buckets = max(1, -(-gradients // int(bucket_mb * 2**20)))
     return Footprint(
         weights_bytes=model.num_parameters * number,
         gradients_bytes=gradients,  # the buckets themselves: gradients are views of them
@@ -79,14 +76,7 @@ def predicted(
         activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
         # On its way into a bucket; and what earlier micro-batches have added up outside of the buckets.
         buffers_bytes=model.largest_gradient * number + (gradients if plan.accumulation > 1 else 0),
-        collectives=(
-            Collective(
-                kind="all_reduce",
-                payload_bytes=model.num_trainable * (sent_bytes or number) // buckets,
-                count=buckets,
-                ranks=world.size,
-            ),
-        ),
+        collectives=messages.of_step(model, world, plan),
     )
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from strategies._blocks import find_blocks, with_own_parameters
+from strategies._fsdp_traffic import sent
 from strategies.base import Collective, Footprint, ModelSpec, Plan
+from strategies.blocks import find_blocks, with_own_parameters
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Cut:
 
     rest: Part
     blocks: tuple[Part, ...]
+    idle: int = 0
+    """Blocks at the beginning that backward doesn't come to, since nothing in them or before them is trained."""
 
     @property
     def weights(self) -> int:
@@ -56,7 +59,23 @@ def cut(spec: ModelSpec, ranks: int, wrap: Sequence[str], wrap_parameters: int |
     blocks = with_own_parameters(spec.outline, find_blocks(spec.outline, wrap, wrap_parameters))
     inside = {id(value) for block in blocks for value in block.parameters()}
     rest = [value for value in spec.outline.parameters() if id(value) not in inside]
-    return Cut(_part(rest, ranks), tuple(_part(list(block.parameters()), ranks) for block in blocks))
+    return Cut(
+        _part(rest, ranks),
+        tuple(_part(list(block.parameters()), ranks) for block in blocks),
+        _idle(spec.outline, blocks),
+    )
+
+
+def _idle(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
+    """Blocks before the first trained parameter, by the model's own order, which is taken for that of computing."""
+    owner = {id(value): index for index, block in enumerate(blocks) for value in block.parameters()}
+    seen: set[int] = set()
+    for value in model.parameters():
+        if value.requires_grad:
+            return owner.get(id(value), len(seen))
+        if id(value) in owner:
+            seen.add(owner[id(value)])
+    return len(blocks)
 
 
 def _part(parameters: Sequence[nn.Parameter], ranks: int) -> Part:
@@ -69,43 +88,60 @@ def _padded(value: nn.Parameter, ranks: int) -> int:
     return math.ceil(rows / ranks) * ranks * math.prod(value.shape[1:])
 
 
-def most_at_once(cut: Cut, *, ranks: int, prefetch: int, kept: float) -> int:
-    """Numbers that a step takes at its peak besides what is kept between steps.
+def beside_stages(cut: Cut, *, ranks: int, prefetch: int, kept: float, gathered: int, reduced: int) -> tuple[int, ...]:
+    """Bytes that a step takes besides what is kept between steps, at each stage (`Footprint.beside`).
 
     Args:
         cut: the model.
         ranks: over which it is cut.
         prefetch: blocks gathered ahead.
         kept: share of a block that stays with a rank between forward and backward; 1: it isn't cut in between.
+        gathered: bytes of a number of a part that is whole.
+        reduced: bytes of a number on its way to the other ranks.
     """
-    return math.ceil(max(_moments(cut, ranks, prefetch, kept)))
+    stages = 2 * len(cut.blocks) + 1
+    found = [0] * (2 * stages)
+    for stage, numbers in _moments(cut, ranks, prefetch, kept, reduced / gathered):
+        found[stage] = max(found[stage], math.ceil(numbers * gathered))
+    return tuple(found)
 
 
-def _moments(cut: Cut, ranks: int, prefetch: int, kept: float) -> Iterator[float]:
-    """The numbers in use at each moment at which they may be most."""
+def _moments(cut: Cut, ranks: int, prefetch: int, kept: float, widened: float) -> Iterator[tuple[int, float]]:
+    """The numbers in use at each moment at which they may be most, with its stage; `widened`: of gradients as sent."""
     rest, blocks = cut.rest, cut.blocks
+    last_stage = 2 * len(blocks)
 
-    def gathered(first: int, last: int) -> int:
+    def behind(stage: int) -> int:
+        """The same stage in backward, which runs through them from the last."""
+        return 2 * last_stage + 1 - stage
+
+    def ahead_of(first: int, last: int) -> int:
         """Buffers of gatherings whose result isn't copied to its place yet."""
         return sum(block.weights for block in blocks[max(first, 0) : last]) if ranks > 1 else 0
 
     buffer = 0 if ranks == 1 else 1
-    yield rest.weights * (1 + buffer)
+    yield 0, rest.weights * (1 + buffer)
+    before = 0.0
     for index, block in enumerate(blocks):
-        before = sum(each.weights for each in blocks[:index]) * kept
         last = blocks[index - 1] if index else rest
-        ahead = gathered(index + 1, index + 1 + prefetch) if prefetch > 1 else 0
-        yield rest.weights + before + block.weights * (1 + buffer) + max(last.weights * buffer, ahead)
-    reducing = 0
+        ahead = ahead_of(index + 1, index + 1 + prefetch) if prefetch > 1 else 0
+        yield 2 * index + 1, rest.weights + before + block.weights * (1 + buffer) + max(last.weights * buffer, ahead)
+        before += block.weights * kept
+        yield 2 * index + 2, rest.weights + before + block.weights * buffer
+    reducing = 0.0
+    in_advance = ahead_of(len(blocks) - prefetch, len(blocks)) if kept < 1 else 0
+    yield behind(last_stage), rest.weights + rest.gradients + before + in_advance
     for index, block in reversed([*enumerate(blocks)]):
-        before = rest.weights + rest.gradients + sum(each.weights for each in blocks[:index]) * kept
+        before -= block.weights * kept
+        there = rest.weights + rest.gradients + before
         if kept < 1:
-            before += gathered(index - prefetch, index)
-        yield before + block.weights + block.gradients + reducing
-        yield before + 2 * block.gradients  # and as they are sent
-        reducing = block.gradients
-    yield rest.weights + rest.gradients + reducing
-    yield 2 * rest.gradients
+            there += ahead_of(index - prefetch, index)
+        yield behind(2 * index + 1), there + block.weights + block.gradients + reducing
+        yield behind(2 * index + 1), there + (1 + widened) * block.gradients  # and as they are sent
+        reducing = block.gradients * widened
+        yield behind(2 * index), there + reducing
+    yield behind(0), rest.weights + rest.gradients + reducing
+    yield behind(0), (1 + widened) * rest.gradients
 
 
 def predicted(
@@ -136,25 +172,35 @@ def predicted(
     number = plan.precision.master_dtype.itemsize
     weights, gradients = (numbers * number // ranks for numbers in (parts.weights, parts.gradients))
     moments = int(gradients * model.slots_per_parameter)
-    buffers = most_at_once(parts, ranks=ranks, prefetch=prefetch, kept=kept)
-    if plan.accumulation > 1 and not reduce_every:
-        buffers += parts.gradients - parts.gradients // ranks  # whole until they are parts
-    sent, collectives = model.num_trainable * number, list[Collective]()
-    if ranks > 1:
-        gathers, reductions = plan.accumulation * (2 if kept < 1 else 1), plan.accumulation if reduce_every else 1
-        payload = model.num_parameters * number
-        collectives = [
-            Collective(kind="all_gather", payload_bytes=payload, count=gathers, ranks=ranks),
-            Collective(kind="reduce_scatter", payload_bytes=sent, count=reductions, ranks=ranks),
-        ]
-    if groups > 1:
-        collectives.append(Collective(kind="all_reduce", payload_bytes=sent // ranks, count=1, ranks=groups))
+    gathered = plan.weights_dtype.itemsize
+    beside = beside_stages(parts, ranks=ranks, prefetch=prefetch, kept=kept, gathered=gathered, reduced=number)
+    if plan.accumulation > 1 and not reduce_every:  # whole until they are parts
+        beside = tuple(each + (parts.gradients - parts.gradients // ranks) * number for each in beside)
+    collectives = sent(
+        model,
+        plan,
+        parts,
+        ranks=ranks,
+        groups=groups,
+        prefetch=prefetch,
+        kept=kept,
+        reduce_every=reduce_every,
+    )
     return Footprint(
         weights_bytes=weights,
         gradients_bytes=gradients,
         moments_bytes=moments,
         activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-        buffers_bytes=buffers * number,
-        collectives=tuple(collectives),
+        buffers_bytes=max(beside),
+        beside=beside,
+        collectives=collectives,
+        copied_bytes=_copied(collectives, gathered, number),
         host_bytes=weights + gradients + moments if on_host else 0,
     )
+
+
+def _copied(collectives: Sequence[Collective], gathered: int, reduced: int) -> int:
+    """What is gathered goes from one buffer to its places, and gradients to another, as the numbers that travel."""
+    out = sum(2 * each.payload_bytes * each.count for each in collectives if each.kind == "all_gather")
+    back = sum(each.payload_bytes * each.count for each in collectives if each.kind == "reduce_scatter")
+    return out + back + back * gathered // reduced

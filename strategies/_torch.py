@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from strategies._blocks import find_blocks
 from strategies._communication import CommunicationClock, measured
 from strategies.base import (
     Batch,
@@ -28,6 +27,7 @@ from strategies.base import (
     Strategy,
     Weights,
 )
+from strategies.blocks import find_blocks
 from strategies.errors import ConfigError
 from strategies.precision import Numbers, Precision
 from strategies.timing import phase

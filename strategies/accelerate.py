@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from strategies import _ddp, _fsdp_memory
 from strategies._accelerate_config import AccelerateConfig
 from strategies._ddp import Replica
+from strategies._ddp_traffic import Messages
 from strategies._fully_sharded import Shards, own_output
 from strategies._torch import TorchStrategy
 from strategies.backends import Backend, check_everywhere, connect_ranks, disconnect_ranks
@@ -68,7 +69,7 @@ class AccelerateStrategy(TorchStrategy):
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
         config = AccelerateConfig.read(self.config_path)
         if config.distributed_type != "FSDP":
-            return _ddp.predicted(model, world, plan)
+            return _ddp.predicted(model, world, plan, Messages(find_unused=self.find_unused))
         given = config.fsdp_arguments()
         parts = _fsdp_memory.cut(
             model, world.size, given["transformer_cls_names_to_wrap"] or [], given.get("min_num_params")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,7 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from strategies.errors import ConfigError
 
-COSTLY_OPERATORS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm", "aten._scaled_dot_product_*")
+_PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
+COSTLY_OPERATORS = (*_PRODUCTS, "aten._scaled_dot_product_*")
 """Matrix products and attention: nearly all the time of a transformer's forward pass."""
 
 
@@ -30,12 +32,19 @@ class ActivationCheckpointing:
     """Of so many blocks, one."""
     keep: tuple[str, ...] = ()
     """Operators whose results are kept all the same, such as `aten.mm`; `*` and `?` as in file names."""
+    products_every: int = 1
+    """Of kept matrix products, every so many: 2 keeps the first, third... of a block; attention is kept always."""
 
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ConfigError(
                 f"Activation checkpointing: every={self.every} is below 1. "
                 "1 takes every block, 2 every second (trainer.activation_checkpointing_every)."
+            )
+        if self.products_every < 1:
+            raise ConfigError(
+                f"Activation checkpointing: products_every={self.products_every} is below 1. 1 keeps every product, "
+                "2 every second (trainer.activation_checkpointing_products_every)."
             )
         for pattern in self.keep:
             if not any(fnmatchcase(name, pattern) for name in _operators()):
@@ -60,22 +69,31 @@ class ActivationCheckpointing:
                 "(trainer.activation_checkpointing)."
             )
         for block in blocks[:: self.every]:
-            block.forward = _again(block.forward, self.keep)
+            block.forward = _again(block.forward, self.keep, self.products_every)
 
 
-def _again(forward: Callable[..., Any], keep: tuple[str, ...]) -> Callable[..., Any]:
+def _again(forward: Callable[..., Any], keep: tuple[str, ...], products_every: int) -> Callable[..., Any]:
     """`forward`, and once more when its backward pass comes."""
 
     @functools.cache
     def is_kept(operator: Any) -> bool:
         return any(fnmatchcase(str(operator.overloadpacket), pattern) for pattern in keep)
 
-    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if is_kept(operator) else CheckpointPolicy.PREFER_RECOMPUTE
+    def contexts() -> Any:
+        """Of one call: products are counted from its beginning, and again when it computes again."""
+        products = {False: itertools.count(), True: itertools.count()}
+
+        def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            kept = is_kept(operator)
+            if kept and str(operator.overloadpacket) in _PRODUCTS:
+                kept = next(products[context.is_recompute]) % products_every == 0
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(policy)  # type: ignore[no-untyped-call]
 
     options: dict[str, Any] = {"use_reentrant": False}
     if keep:
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+        options["context_fn"] = contexts
 
     @functools.wraps(forward)
     def outer(*args: Any, **kwargs: Any) -> Any:

@@ -71,6 +71,10 @@ class Backend(ABC):
 
         wait_for(store, [f"{occasion}/all"], missing)
 
+    def launch(self) -> Launch:
+        """Which of how many ranks this process is."""
+        return Launch.from_env()
+
     @abstractmethod
     def torch_name(self) -> str:
         """The name that torch.distributed knows."""
@@ -94,6 +98,10 @@ class Backend(ABC):
             Lines for the log.
         """
         return []
+
+    def join(self, launch: Launch) -> World:
+        """Start the groups between the ranks of `launch`; as `connect_ranks`, which calls it."""
+        return _joined(self, launch)
 
     def refuse_compiling(self) -> None:
         """Called where the model is to be compiled.
@@ -198,7 +206,10 @@ def connect_ranks(backend: Backend) -> World:
         ConfigError: some rank can't take part; the same message on every rank.
         TrainingError: the library itself fails to start.
     """
-    launch = Launch.from_env()
+    return backend.join(backend.launch())
+
+
+def _joined(backend: Backend, launch: Launch) -> World:
     store = open_store(launch)
     # Every rank connects equally often; a second time must not meet the keys of the first.
     connection = store.add(f"connections/{launch.rank}", 1)

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ from torch.optim import Optimizer
 from strategies.activations import ActivationCheckpointing
 from strategies.backends import Backend
 from strategies.elastic import Elastic
+from strategies.footprint import Collective as Collective
+from strategies.footprint import Footprint as Footprint
+from strategies.footprint import ModelSpec as ModelSpec
+from strategies.footprint import WorldSpec as WorldSpec
 from strategies.precision import Precision
 from strategies.world import World
 
@@ -45,8 +49,15 @@ class Plan:
     """Run the model through torch.compile."""
     activation_checkpointing: ActivationCheckpointing | None = None
     """Compute activations again in backward; None: keep them."""
+    cast_weights: bool = False
+    """Only for predictions of what others run: weights are cast to the compute dtype for the step, without autocast."""
     deferred: bool = False
     """The model's first values can be made after it was built (`Weights.fill`), so that it needs no storage before."""
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the weights that the model computes with."""
+        return self.precision.compute_dtype if self.cast_weights else self.precision.master_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,95 +189,6 @@ class Weights:
     folder: Path | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelSpec:
-    """What a prediction needs to know of a model."""
-
-    num_parameters: int
-    num_trainable: int
-    slots_per_parameter: float = 2.0
-    """Moments that the optimizer keeps for each trainable number."""
-    activation_bytes_per_sample: int = 0
-    outline: nn.Module | None = field(default=None, compare=False, repr=False)
-    """The model on the meta device, for a strategy whose memory depends on its parts; None: taken as one piece."""
-
-    @classmethod
-    def of(cls, model: nn.Module, *, slots_per_parameter: float = 2.0) -> ModelSpec:
-        """Of a bare model, on any device; nothing of its storage is kept."""
-        counts = [(value.numel(), value.requires_grad) for value in model.parameters()]
-        return cls(
-            num_parameters=sum(count for count, _ in counts),
-            num_trainable=sum(count for count, trained in counts if trained),
-            slots_per_parameter=slots_per_parameter,
-            outline=_outline(model, {}),
-        )
-
-    @property
-    def largest_gradient(self) -> int:
-        """Numbers in the gradient of the largest parameter."""
-        trained = () if self.outline is None else (p.numel() for p in self.outline.parameters() if p.requires_grad)
-        return max(trained, default=0)
-
-
-def _outline(module: nn.Module, known: dict[int, Any]) -> Any:
-    """The same modules around the same names, their parameters without storage; `known`: id -> what stands for it."""
-    if id(module) in known:
-        return known[id(module)]
-    known[id(module)] = twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
-    for value in module._parameters.values():
-        if value is not None and id(value) not in known:
-            empty = torch.empty(value.shape, dtype=value.dtype, device="meta")
-            known[id(value)] = nn.Parameter(empty, requires_grad=value.requires_grad)
-    twin.__dict__ |= {
-        "_parameters": {name: known.get(id(value)) for name, value in module._parameters.items()},
-        "_modules": {name: part and _outline(part, known) for name, part in module._modules.items()},
-        "_buffers": {},
-    }
-    return twin
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorldSpec:
-    """What a prediction needs to know of the machines."""
-
-    size: int
-    local_size: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collective:
-    """One kind of collective in an optimizer step."""
-
-    kind: str
-    """`all_reduce`, `all_gather`, `reduce_scatter`, `broadcast`."""
-    payload_bytes: int
-    """Of the whole tensor, per call."""
-    count: int
-    ranks: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Footprint:
-    """Predicted bytes on one rank, by kind, and the collectives of a step."""
-
-    weights_bytes: int
-    gradients_bytes: int
-    moments_bytes: int
-    activations_bytes: int
-    buffers_bytes: int
-    """The most that a step takes besides: gathered weights, gradients under way."""
-    collectives: tuple[Collective, ...]
-    host_bytes: int = 0  # how much of all this lies in host memory instead of the device's
-    nvme_bytes: int = 0  # how much lies on NVMe, in neither
-
-    @property
-    def total_bytes(self) -> int:
-        """All kinds together."""
-        kept = self.weights_bytes + self.gradients_bytes + self.moments_bytes
-        return kept + self.activations_bytes + self.buffers_bytes
-
-
 @dataclass(kw_only=True)
 class Strategy(ABC):
     """How one training job is spread over ranks.
@@ -279,6 +201,9 @@ class Strategy(ABC):
     number of steps, evaluations and state calls; `close`. `setup` may be called again with another
     plan and a new model on the same connection.
     """
+
+    can_simulate: ClassVar[bool] = False
+    """Its steps can be run as one rank of many that aren't there, which `SimulatedBackend` does."""
 
     def elastic(self) -> Elastic | None:
         """What `connect` gives its World to go on with when ranks are lost or join; None: the run ends with them."""
@@ -394,6 +319,10 @@ class Strategy(ABC):
         Raises:
             ConfigError: it can't run on that many ranks.
         """
+
+    def variants(self, world: WorldSpec) -> Iterable[tuple[str, Strategy]]:
+        """This strategy with each setting that is worth comparing on such a world, and the words that choose it."""
+        return [("", self)]
 
     @abstractmethod
     def close(self) -> None:

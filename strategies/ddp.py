@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from strategies._ddp import Replica, arguments, predicted
+from strategies._ddp_traffic import Messages
 from strategies._torch import TorchStrategy
 from strategies.backends import Backend, connect_ranks, disconnect_ranks
 from strategies.base import Footprint, ModelSpec, Plan, WorldSpec
@@ -53,6 +54,8 @@ class DDPStrategy(TorchStrategy):
     powersgd_start: int = 1000
     """hook=powersgd: optimizer steps with plain averages first."""
 
+    can_simulate = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._replica: Replica | None = None
@@ -85,17 +88,27 @@ class DDPStrategy(TorchStrategy):
             )
 
     def connect(self, backend: Backend) -> World:
-        if self.hook is CommunicationHook.bf16 and backend.torch_name() == "gloo":
+        if self.hook is CommunicationHook.bf16 and (name := backend.torch_name()) in ("gloo", "fake"):
             raise ConfigError(
-                "DDPStrategy: hook=bf16 needs NCCL, and the backend is gloo. "
+                f"DDPStrategy: hook=bf16 needs NCCL, and the backend is {name}. "
                 "Use hook=fp16 or hook=none (strategy.hook)."
             )
         self._world = connect_ranks(backend)
         return self._world
 
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
-        sent = 2 if self.hook in (CommunicationHook.bf16, CommunicationHook.fp16) else None
-        return predicted(model, world, plan, bucket_mb=self.bucket_mb, sent_bytes=sent)
+        return predicted(
+            model,
+            world,
+            plan,
+            Messages(
+                bucket_mb=self.bucket_mb,
+                number_bytes=2 if self.hook in (CommunicationHook.bf16, CommunicationHook.fp16) else None,
+                powersgd_rank=self.powersgd_rank if self.hook is CommunicationHook.powersgd else None,
+                find_unused=self.find_unused,
+                buffers=self.broadcast_buffers,
+            ),
+        )
 
     def close(self) -> None:
         self._world = self._run = self._replica = None

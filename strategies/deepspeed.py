@@ -34,6 +34,7 @@ from strategies._statistics import statistics_of, take_over
 from strategies._torch import TorchStrategy
 from strategies._zero import Partitions, partitions_of
 from strategies._zero_memory import zero_footprint
+from strategies._zero_traffic import PERSISTENT, Sizes
 from strategies.backends import Backend, check_everywhere, connect_ranks, disconnect_ranks, sharing_device
 from strategies.base import (
     Batch,
@@ -119,13 +120,7 @@ class DeepSpeedStrategy(TorchStrategy):
 
         check_everywhere("deepspeed", check_installed)
         launch = Launch.from_env()
-        self._near = (self.hpz_size or launch.local_size) if self.hpz else 1
-        if launch.size % self._near:
-            what = "hpz_size" if self.hpz_size else "ranks of a machine: hpz_size"
-            raise ConfigError(
-                f"DeepSpeedStrategy: {what}={self._near} doesn't divide the {launch.size} ranks of this run. "
-                "Choose a divisor (strategy.hpz_size)."
-            )
+        self._near = self._near_of(launch.size, launch.local_size)
         self._world = world = connect_ranks(backend)
         let_go()  # of the groups of somebody who didn't come to close them
         say_local_rank(world.local_rank)
@@ -134,14 +129,29 @@ class DeepSpeedStrategy(TorchStrategy):
         self._mesh = init_device_mesh(world.device.type, (world.size,))
         return world
 
+    def _near_of(self, size: int, local_size: int) -> int:
+        near = (self.hpz_size or local_size) if self.hpz else 1
+        if size % near:
+            what = "hpz_size" if self.hpz_size else "ranks of a machine: hpz_size"
+            raise ConfigError(
+                f"DeepSpeedStrategy: {what}={near} doesn't divide the {size} ranks of this run. "
+                "Choose a divisor (strategy.hpz_size)."
+            )
+        return near
+
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
         return zero_footprint(
             model,
             world,
             plan,
             stage=self.stage,
-            bucket_bytes=4 * (numbers(self.bucket_mb) or BUCKET),
-            gathered_bytes=4 * (numbers(self.prefetch_mb) or BUCKET),
+            sizes=Sizes(
+                bucket=numbers(self.bucket_mb) or BUCKET,
+                prefetch=numbers(self.prefetch_mb) or BUCKET,
+                persistent=PERSISTENT if self.persist_numbers is None else self.persist_numbers,
+                near=self._near_of(world.size, world.local_size),
+                late=self.find_unused,
+            ),
             offloaded=self.offload_optimizer is Offload.cpu,
             optimizer_on_nvme=self.offload_optimizer is Offload.nvme,
             weights_on_nvme=self.offload_parameters is Offload.nvme,

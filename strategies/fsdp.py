@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
 
-from strategies._blocks import find_blocks, with_own_parameters
 from strategies._fsdp_memory import cut, predicted
 from strategies._fully_sharded import Shards, own_output
 from strategies._torch import TorchStrategy, materialise
@@ -24,11 +23,13 @@ from strategies.base import (
     LossSum,
     ModelSpec,
     Plan,
+    Strategy,
     Weights,
     WorldSpec,
 )
+from strategies.blocks import find_blocks, with_own_parameters
 from strategies.errors import ConfigError
-from strategies.world import Launch, World
+from strategies.world import World
 
 if TYPE_CHECKING:  # imported late, since every start reads this file
     from torch.distributed.device_mesh import DeviceMesh
@@ -84,6 +85,8 @@ class FSDPStrategy(TorchStrategy):
     """A rank adds up its part of the gradients; false: whole gradients, which take the memory of the whole model and
     are reduced once per step."""
 
+    can_simulate = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._mesh: DeviceMesh | None = None
@@ -93,7 +96,7 @@ class FSDPStrategy(TorchStrategy):
     def connect(self, backend: Backend) -> World:
         from torch.distributed.device_mesh import init_device_mesh
 
-        launch = Launch.from_env()
+        launch = backend.launch()
         groups = self._groups(launch.size, launch.local_size)
         world = connect_ranks(backend)
         shape = {_REPLICATE: groups, _SHARD: launch.size // groups}
@@ -118,6 +121,14 @@ class FSDPStrategy(TorchStrategy):
             reduce_every=self.reduce_every_micro_batch,
             on_host=self.cpu_offload,
         )
+
+    def variants(self, world: WorldSpec) -> Iterable[tuple[str, Strategy]]:
+        given = (self.shard_size, self.replicas, self.sharded_data_parallel_degree, self.hybrid_shard_degree)
+        if self.sharding is not Sharding.hybrid or any(given):
+            return [("", self)]
+        near = world.local_size
+        sizes = [n for n in range(2, world.size) if world.size % n == 0 and (n % near == 0 or near % n == 0)]
+        return [(f"strategy.shard_size={each}", replace(self, shard_size=each)) for each in sizes]
 
     def close(self) -> None:
         if self._shards is not None:

@@ -20,9 +20,11 @@ from strategies._horovod_start import library, refuse_another_start, stop
 from strategies._horovod_start import start as start_horovod
 from strategies._statistics import statistics_of, take_over
 from strategies._torch import TorchStrategy
+from strategies._traffic import statistics, up_to
 from strategies.backends import Backend, check_everywhere, connect_ranks, disconnect_ranks
 from strategies.base import Collective, Footprint, ModelSpec, Plan, WorldSpec
 from strategies.errors import ConfigError
+from strategies.footprint import merged
 from strategies.world import Launch, World, open_store
 
 _FUSION_BYTES = 128 << 20
@@ -131,7 +133,6 @@ class HorovodStrategy(TorchStrategy):
         gradients = model.num_trainable * number
         is_cut = self.compression is Compression.fp16
         sent = model.num_trainable * (2 if is_cut else number)
-        messages = max(1, -(-sent // _FUSION_BYTES))
         return Footprint(
             weights_bytes=model.num_parameters * number,
             gradients_bytes=gradients,
@@ -139,10 +140,16 @@ class HorovodStrategy(TorchStrategy):
             activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
             # Horovod's buffer, in which small gradients travel together; and the fp16 copies of all of them.
             buffers_bytes=(_FUSION_BYTES if world.size > 1 else 0) + (sent if is_cut else 0),
-            collectives=(
-                Collective(kind="all_reduce", payload_bytes=sent // messages, count=messages, ranks=world.size),
-            ),
+            collectives=merged([*self._gradients(model, world, number), *statistics(model, plan, world.size)]),
         )
+
+    def _gradients(self, model: ModelSpec, world: WorldSpec, number: int) -> Iterator[Collective]:
+        """As Horovod fuses them where all that fit are ready in time, with the count of who used what (`Reducer`)."""
+        number = 2 if self.compression is Compression.fp16 else number
+        trained = model.trained()
+        sizes = [value.numel() * number for value in trained] or [model.num_trainable * number]
+        for message in up_to([*sizes, len(trained) * number], _FUSION_BYTES):
+            yield Collective(kind="all_reduce", payload_bytes=sum(message), count=1, ranks=world.size)
 
     def close(self) -> None:
         if self._reducer is not None:

@@ -12,7 +12,7 @@ from strategies._torch import TorchStrategy
 from strategies.backends import Backend
 from strategies.base import Footprint, ModelSpec, Plan, WorldSpec
 from strategies.errors import ConfigError
-from strategies.world import Launch, World, open_store
+from strategies.world import World, open_store
 
 
 @final
@@ -20,8 +20,10 @@ from strategies.world import Launch, World, open_store
 class SingleStrategy(TorchStrategy):
     """No communication at all."""
 
+    can_simulate = True
+
     def connect(self, backend: Backend) -> World:
-        launch = Launch.from_env()
+        launch = backend.launch()
         if launch.size != 1:
             raise ConfigError(
                 f"SingleStrategy: strategy=single was started as {launch.size} processes. "

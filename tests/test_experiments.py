@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from strategies._blocks import find_blocks, with_own_parameters
+from strategies.blocks import find_blocks, with_own_parameters
 from strategies.testing import Workers
 from tests.starts import start
 from tests.trainer.commands.jobs import ROOT, command

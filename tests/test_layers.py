@@ -18,8 +18,8 @@ OURS = {"conf", "scripts", "strategies", "tests", "trainer"}
 
 # In order: each may import those before it.
 SEAM = (
-    *("errors", "timing", "elastic", "launchers", "meeting", "world", "ec2", "interfaces", "backends", "efa_rules"),
-    *("efa", "smddp", "precision", "activations", "base"),
+    *("errors", "timing", "elastic", "launchers", "meeting", "world", "ec2", "interfaces", "backends", "simulated"),
+    *("efa_rules", "efa", "smddp", "precision", "blocks", "activations", "footprint", "base"),
 )
 ROLES = ("data", "models", "metrics", "checkpoint", "hooks")
 COMMANDS = "trainer/commands/"  # part of the command line, so above everything else in trainer/

@@ -19,6 +19,8 @@ from strategies.errors import ConfigError, nearest
 CONF = Path(__file__).resolve().parent.parent / "conf"
 SEVERAL = ("logger", "hooks")
 """Groups of which any number may be chosen, by name."""
+OPTIONAL = ("cluster", "experiment", "profiler")
+"""Groups of which none has to be chosen."""
 
 
 def explained(error: Exception, words: Sequence[str] = ()) -> ConfigError:
@@ -62,7 +64,7 @@ def _explained_choice(words: Sequence[str]) -> ConfigError | None:
             return ConfigError(f"Configuration: {word!r} gives several values. Write {fixes} ({key}).")
         named = re.fullmatch(r"\[(.*)\]", value) if group in SEVERAL else re.fullmatch(r"['\"]?(.*?)['\"]?", value)
         names = re.findall(r"[^\s,'\"]+", named.group(1)) if named else [""]
-        known = [*options(group), "null"] if group in ("experiment", "profiler") else options(group)
+        known = [*options(group), "null"] if group in OPTIONAL else options(group)
         if known and (len(set(names)) < len(names) or not set(names) <= set(known)):
             how = f"{group}=[a,b], each once" if group in SEVERAL else f"{group}=a, one of them"
             return ConfigError(

@@ -28,10 +28,11 @@ from strategies.errors import ConfigError, nearest
 from strategies.precision import Precision
 from strategies.smddp import SMDDPBackend
 from trainer import checkpoint, data, hooks, launch, metrics, models, optim, profiling, schedule
-from trainer.complaints import CONF, SEVERAL, explained, options, refuse_unknown
+from trainer.complaints import CONF, OPTIONAL, SEVERAL, explained, options, refuse_unknown
 from trainer.doctor import Doctor
 from trainer.launch import Launcher
 from trainer.place import Run
+from trainer.planner.cluster import Cluster
 from trainer.trainer import Trainer
 
 _SEEDS = 1 << 63
@@ -54,6 +55,8 @@ class Config:
     logger: dict[str, Any] = field(default_factory=dict)
     hooks: dict[str, Any] = field(default_factory=dict)
     profiler: Any | None = None
+    cluster: Any | None = None
+    """The machines to plan for: shardwright plan and strategy=auto read it; nothing else in a run does."""
     trainer: Any = MISSING
     run: Run = field(default_factory=Run)
     seed: int = 0
@@ -84,6 +87,7 @@ _SCHEMAS: tuple[type, ...] = (
     NeuronBackend,
     SMDDPBackend,
     Precision,
+    Cluster,
     *checkpoint.SCHEMAS,
     *data.SCHEMAS,
     *hooks.SCHEMAS,
@@ -264,8 +268,10 @@ def _opening_dicts(overrides: Sequence[str], compose_with: Callable[[list[str]],
         ConfigError: whatever else is wrong.
     """
     # Elsewhere an experiment is added, here it is a group like the others: either way will do.
-    words = [word.removeprefix("+") if word.startswith(("+experiment=", "+profiler=")) else word for word in overrides]
-    words = ["~profiler" if word == "profiler=null" else word for word in words]  # Hydra has no null on a command line
+    optional = tuple(f"+{group}=" for group in OPTIONAL)
+    words = [word.removeprefix("+") if word.startswith(optional) else word for word in overrides]
+    # Hydra has no null on a command line.
+    words = [f"~{word.removesuffix('=null')}" if word in ("profiler=null", "cluster=null") else word for word in words]
     for _ in range(len(words) + 1):
         try:
             return compose_with(words)

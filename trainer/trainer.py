@@ -87,6 +87,8 @@ class Trainer:
     """Only of every so many blocks."""
     activation_checkpointing_keep: list[str] = field(default_factory=list)
     """selective: operators whose results are kept, such as aten.mm, with * and ?; empty: matrix products, attention."""
+    activation_checkpointing_products_every: int = 1
+    """selective: of matrix products, every so many are kept; with 2, about half of them are computed again."""
     log_every: int = 10
     """Optimizer steps between logged lines."""
     communication_every: int | None = 1000
@@ -134,7 +136,13 @@ class Trainer:
         what, every = self.activation_checkpointing, self.activation_checkpointing_every
         keep = tuple(self.activation_checkpointing_keep)
         selective = what is Recomputed.selective
-        for key, given, means in (("every", every != 1, what is not Recomputed.none), ("keep", bool(keep), selective)):
+        products = self.activation_checkpointing_products_every
+        given_keys = (
+            ("every", every != 1, what is not Recomputed.none),
+            ("keep", bool(keep), selective),
+            ("products_every", products != 1, selective),
+        )
+        for key, given, means in given_keys:
             if given and not means:
                 raise ConfigError(
                     f"Trainer: activation_checkpointing_{key} means nothing with activation_checkpointing={what.name}. "
@@ -143,7 +151,8 @@ class Trainer:
                 )
         if what is Recomputed.none:
             return None
-        return ActivationCheckpointing(every=every, keep=keep or COSTLY_OPERATORS if selective else ())
+        kept = keep or COSTLY_OPERATORS if selective else ()
+        return ActivationCheckpointing(every=every, keep=kept, products_every=products)
 
     # What a subclass may override.
 

@@ -373,4 +373,4 @@ def test_footprint_follows_the_file(tmp_path: Path) -> None:
     whole = AccelerateStrategy().footprint(model, world, plan)
     cut = AccelerateStrategy(config_path=fsdp(tmp_path)).footprint(model, world, plan)
     assert (whole.weights_bytes, cut.weights_bytes) == (4000, 2000)
-    assert {each.kind for each in cut.collectives} == {"all_gather", "reduce_scatter"}
+    assert {each.kind for each in cut.collectives if each.phase != "step"} == {"all_gather", "reduce_scatter"}

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from strategies._blocks import find_blocks
 from strategies.activations import COSTLY_OPERATORS, ActivationCheckpointing
+from strategies.blocks import find_blocks
 from strategies.errors import ConfigError
 from strategies.testing import Workers
 from tests.trainer.jobs import TINY, fit, losses

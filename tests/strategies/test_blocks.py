@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from strategies._blocks import find_blocks
+from strategies.blocks import find_blocks
 from strategies.errors import ConfigError
 
 

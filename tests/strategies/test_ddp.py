@@ -20,6 +20,7 @@ from strategies import _testing_jobs as jobs
 from strategies import _testing_model as little
 from strategies._testing_jobs import Rig
 from strategies._testing_model import Job
+from strategies._traffic import buckets
 from strategies.backends import AutoBackend, GlooBackend
 from strategies.base import Batch, LossTerms, ModelSpec, Plan, Strategy, Weights, WorldSpec
 from strategies.ddp import CommunicationHook, DDPStrategy
@@ -411,6 +412,16 @@ def test_communication_is_the_wait_for_a_late_rank(workers: Workers, accumulatio
     assert reported[20] > 0.2
     assert others[len(others) // 2] < 0.1
     assert sorted(costs)[len(costs) // 2] < 1e-4, "asking costs more than 0.1 ms"
+
+
+def test_buckets_are_those_of_torch() -> None:
+    tensors = [torch.empty(numbers, device="meta") for numbers in (7, 300, 1, 50, 400, 2, 90, 90, 90, 5)]
+    for limits in ([400], [100, 800], [1, 1200], [10**9]):
+        theirs, _ = dist._compute_bucket_assignment_by_size(tensors, limits)
+        ours = buckets(tensors, [each.nbytes for each in tensors], limits)
+        assert [[each.numel() for each in bucket] for bucket in ours] == [
+            [tensors[index].numel() for index in bucket] for bucket in theirs
+        ]
 
 
 def test_footprint_of_ddp_counts_buckets() -> None:

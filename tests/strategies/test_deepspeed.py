@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from strategies import _testing_jobs as jobs
 from strategies._deepspeed import operators
@@ -24,6 +27,7 @@ from strategies.precision import Numbers, Precision
 from strategies.testing import Recipe, Workers, check_numbers, check_tensors
 from tests.strategies import test_surprises as surprises
 from tests.strategies.test_deepspeed_config import CASES, FILES, SIZE, ours
+from tests.strategies.test_footprint import Uneven, adamw, step
 from trainer.config import compose, made
 from trainer.optim import AdamWOptimizer
 
@@ -253,16 +257,89 @@ def test_ranks_that_use_different_parameters_are_refused_on_all_ranks(workers: W
     assert ".gate" in heard
 
 
+def collectives(spec: ModelSpec, **settings: Any) -> set[tuple[str, str, int, int, int]]:
+    """Kind, phase, numbers, count and ranks of what 8 ranks on 2 machines send; the norm left out."""
+    strategy, world = DeepSpeedStrategy(**settings), WorldSpec(size=8, local_size=4)
+    found = strategy.footprint(spec, world, Plan(micro_batch=1, accumulation=3)).collectives
+    return {
+        (each.kind, each.phase, each.payload_bytes // 4, each.count, each.ranks)
+        for each in found
+        if each.payload_bytes > 8
+    }
+
+
 def test_footprint_names_the_collectives_of_a_step() -> None:
-    spec, world = ModelSpec(num_parameters=1000, num_trainable=1000), WorldSpec(size=8, local_size=4)
+    spec = ModelSpec(num_parameters=1000, num_trainable=1000)
+    updated = ("all_gather", "step", 1008, 1, 8)  # padded to pairs on each rank
+    assert collectives(spec, stage=1) == {("all_reduce", "backward", 1000, 1, 8), updated}
+    assert collectives(spec, stage=2) == {("all_reduce", "backward", 1000, 3, 8), updated}
+    assert collectives(spec, stage=3) == {
+        ("all_gather", "forward", 1000, 3, 8),
+        ("reduce_scatter", "backward", 1000, 3, 8),
+    }
 
-    def kinds(stage: int) -> dict[str, tuple[int, int]]:
-        found = DeepSpeedStrategy(stage=stage).footprint(spec, world, Plan(micro_batch=1, accumulation=3)).collectives
-        return {each.kind: (each.count, each.ranks) for each in found}
 
-    assert kinds(1) == {"all_reduce": (1, 8), "all_gather": (1, 8)}
-    assert kinds(2) == {"reduce_scatter": (3, 8), "all_gather": (1, 8)}
-    assert kinds(3) == {"reduce_scatter": (3, 8), "all_gather": (6, 8)}
+def test_footprint_of_stage_3_tells_what_stays_gathered_and_hpz_what_stays_on_a_machine() -> None:
+    with torch.device("meta"):
+        spec = ModelSpec.of(nn.Sequential(nn.Linear(8, 8), *(nn.Linear(30_000, 10_000, bias=False) for _ in range(3))))
+    large, reduced = 30_000 * 10_000, {("reduce_scatter", "backward", 72, 3, 8)}
+    reduced |= {("reduce_scatter", "backward", large, 9, 8)}
+    persistent = {("all_gather", "step", 64, 1, 8), ("all_gather", "step", 8, 1, 8)}
+    # Of three times 3e8 numbers backward finds what is used within 1e9: 2 * 6e8 is further away.
+    forward, again = ("all_gather", "forward", large, 9, 8), ("all_gather", "backward", large, 3, 8)
+    assert collectives(spec, stage=3) == reduced | persistent | {forward, again}
+    first, near = ("all_gather", "forward", large, 3, 8), ("all_gather", "forward", large, 6, 4)
+    assert collectives(spec, stage=3, hpz=True) == reduced | persistent | {first, near, (*again[:4], 4)}
+
+
+class Hearing(TorchDispatchMode):
+    """Calls and bytes of each operator that sends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: dict[str, tuple[int, int]] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            name, whole = function._opname, args[1 if "reduce_scatter" in function._opname else 0]
+            size = sum(value.nbytes for value in tree_leaves(whole))
+            if (name, size) != ("allreduce_", 16):  # the ranks' agreement on what was used, on their control group
+                count, total = self.sent.get(name, (0, 0))
+                self.sent[name] = (count + 1, total + size)
+        return function(*args, **(kwargs or {}))
+
+
+def heard_and_predicted(settings: dict[str, Any]) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+    """Calls and bytes of a later step, by operator."""
+    strategy, model = DeepSpeedStrategy(**settings), Uneven(21, (50, 31, 71))
+    world, plan = strategy.connect(GlooBackend(timeout_s=60)), Plan(micro_batch=1, accumulation=2)
+    spec = ModelSpec.of(model)
+    wrapped, optimizer = strategy.setup(model, Weights(seed=0, fill=lambda module: None), adamw, plan)
+    for _ in range(3):
+        with Hearing() as hearing:
+            step(strategy, wrapped, plan)
+            strategy.step(wrapped, optimizer)
+    found: dict[str, tuple[int, int]] = {}
+    for each in strategy.footprint(spec, WorldSpec(size=world.size, local_size=world.local_size), plan).collectives:
+        name = {
+            "all_reduce": "allreduce_",
+            "all_gather": "_allgather_base_",
+            "reduce_scatter": "_reduce_scatter_base_",
+        }[each.kind]
+        count, total = found.get(name, (0, 0))
+        found[name] = (count + each.count, total + each.count * each.payload_bytes)
+    strategy.close()
+    return hearing.sent, found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"stage": 1}, {"stage": 2}, {"stage": 2, "find_unused": True},
+     {"stage": 3, "persist_numbers": 100, "prefetch_mb": 0.01}],
+)  # fmt: skip
+def test_footprint_sends_as_many_calls_and_bytes_as_a_step_does(workers: Workers, settings: dict[str, Any]) -> None:
+    for heard, predicted in workers.run(heard_and_predicted, 2, {"bucket_mb": 0.01, **settings}):
+        assert heard == predicted
 
 
 @pytest.mark.parametrize(("stage", "kept"), [(1, 4 + 0.5 + 4 + 1), (2, 4 + 0.5 + 0.5 + 1), (3, 0.5 + 0.5 + 0.5 + 1)])

@@ -119,18 +119,28 @@ def test_parameters_are_cut_again_after_a_forward_pass_alone(workers: Workers) -
 
 
 def test_footprint_names_the_collectives_of_a_step() -> None:
-    spec = ModelSpec(num_parameters=1000, num_trainable=1000)
+    spec = ModelSpec.of(nn.Sequential(nn.ModuleList([nn.Linear(8, 8, bias=False)]), nn.Linear(8, 16, bias=False)))
     plan = replace(Plan(micro_batch=1), accumulation=3)
 
-    def kinds(**settings: Any) -> dict[str, tuple[int, int]]:
+    def sent(**settings: Any) -> set[tuple[str, str, int, int, int]]:
+        """Kind, phase, bytes, count and ranks."""
         found = FSDPStrategy(**settings).footprint(spec, WorldSpec(size=8, local_size=4), plan).collectives
-        return {each.kind: (each.count, each.ranks) for each in found}
+        return {(each.kind, each.phase, each.payload_bytes, each.count, each.ranks) for each in found}
 
-    assert kinds() == {"all_gather": (6, 8), "reduce_scatter": (3, 8)}
-    assert kinds(reduce_every_micro_batch=False) == {"all_gather": (6, 8), "reduce_scatter": (1, 8)}
-    assert kinds(sharding=Sharding.grad_op) == {"all_gather": (3, 8), "reduce_scatter": (3, 8)}
-    assert kinds(sharding=Sharding.hybrid) == {"all_gather": (6, 4), "reduce_scatter": (3, 4), "all_reduce": (1, 2)}
-    assert kinds(sharding=Sharding.replicate) == {"all_reduce": (1, 8)}
+    block, rest, norm = 8 * 8 * 4, 8 * 16 * 4, ("all_reduce", "step", 3 * 8, 1, 8)
+    forward = {("all_gather", "forward", size, 3, 8) for size in (block, rest)}
+    again = ("all_gather", "backward", block, 3, 8)
+    reduced = {("reduce_scatter", "backward", size, 3, 8) for size in (block, rest)}
+    assert sent() == forward | reduced | {again, norm}
+    once = {("reduce_scatter", "backward", size, 1, 8) for size in (block, rest)}
+    assert sent(reduce_every_micro_batch=False) == forward | once | {again, norm}
+    assert sent(sharding=Sharding.grad_op) == forward | reduced | {norm}
+    assert sent(reshard_after_forward=2) == forward | reduced | {("all_gather", "backward", block, 3, 2), norm}
+    within = {(kind, phase, size, 3, 4) for kind, phase, size, _, _ in {*forward, *reduced, again}}
+    between = {("all_reduce", "backward", size // 4, 1, 2) for size in (block, rest)}
+    assert sent(sharding=Sharding.hybrid) == within | between | {norm}
+    whole = {("all_reduce", "backward", size, 1, 8) for size in (block, rest)}
+    assert sent(sharding=Sharding.replicate) == whole | {norm}
 
 
 class Viewed(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import SGD
 
 from strategies.backends import GlooBackend
-from strategies.base import Batch, LossTerms, Plan, Strategy, Weights
+from strategies.base import Batch, LossTerms, ModelSpec, Plan, Strategy, Weights, WorldSpec
 from strategies.ddp import DDPStrategy
 from strategies.errors import ConfigError
 from strategies.horovod import Compression, HorovodStrategy, Reduction
@@ -26,6 +26,19 @@ pytestmark = [
     pytest.mark.horovod,
     pytest.mark.skipif(find_spec("horovod") is None, reason="Horovod isn't installed (scripts/install_horovod.sh)"),
 ]
+
+
+def test_footprint_fuses_gradients_up_to_a_size() -> None:
+    with torch.device("meta"):
+        spec = ModelSpec.of(nn.Sequential(*(nn.Linear(4000, 4000, bias=False) for _ in range(3))))
+    world, plan, size = WorldSpec(size=4, local_size=4), Plan(micro_batch=1), 4 * 4000 * 4000
+
+    def sent(compression: Compression) -> list[tuple[int, int]]:
+        found = HorovodStrategy(compression=compression).footprint(spec, world, plan).collectives
+        return [(each.payload_bytes, each.count) for each in found]
+
+    assert sent(Compression.none) == [(2 * size, 1), (size + 3 * 4, 1)]
+    assert sent(Compression.fp16) == [(3 * size // 2 + 3 * 2, 1)]
 
 
 class TestHorovod(StrategyContract):

@@ -1,9 +1,8 @@
-"""Predict the memory that a configuration takes on each rank, strategy by strategy, without training."""
+"""Predict what a configuration takes and costs, for each way to spread it, without training."""
 
 from __future__ import annotations
 
-import json
-from argparse import Namespace
+from argparse import ArgumentTypeError, Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,124 +10,214 @@ from typing import TYPE_CHECKING, Any
 from trainer.commands import Parser
 
 if TYPE_CHECKING:
-    from strategies.base import Footprint, ModelSpec
+    from strategies.activations import ActivationCheckpointing
+    from strategies.base import Strategy
+    from trainer.planner.cluster import Machines
+    from trainer.planner.search import Wanted
 
 
 def parser() -> Parser:
     """`shardwright plan`'s own options."""
     found = Parser(
         "plan",
-        "Predict the memory that a configuration takes on each rank, for the strategy that is chosen, or for each one "
-        "if none is. Trains nothing and needs none of the ranks. Writes plan.json into run.dir if that is given.",
+        "Predict what a configuration takes on each rank, how fast it is and what it costs, for the strategy that is "
+        "chosen, or for each one if none is; best first. Trains nothing, and needs none of the machines: say which "
+        "with cluster=p5 (see conf/cluster). Without a cluster only memory is predicted, for --ranks processes. "
+        "Writes plan.json and plan.png into run.dir if that is given.",
     )
-    found.add_argument("--ranks", type=int, default=1, metavar="N", help="processes to predict for; default: 1")
-    found.add_argument("keys", nargs="*", metavar="key=value", help="as for shardwright train")
+    found.add_argument("--ranks", type=_at_least_one, default=1, metavar="N", help="processes, without a cluster")
+    found.add_argument(
+        "--nodes", type=_numbers, metavar="N,N,...", help="numbers of nodes to compare; default: cluster.nodes"
+    )
+    found.add_argument("--tokens", type=_positive, metavar="N", help="to train on: shows days and money; such as 1e12")
+    found.add_argument(
+        "--overhead", type=_share, default=0.0, metavar="SHARE", help="of the time, lost to saves and restarts; 0 to 1"
+    )
+    found.add_argument("--top", type=_at_least_one, default=20, metavar="N", help="candidates to show; default: 20")
+    found.add_argument(
+        "--cast", action="store_true",
+        help="as programs run that cast weights for the step (FSDP2's MixedPrecisionPolicy, DeepSpeed's bf16); "
+        "ours keep them in fp32, with autocast",
+    )  # fmt: skip
+    found.add_argument(
+        "--sensitivity", action="store_true", help="show how far a change of each efficiency factor moves the answer"
+    )
+    found.add_argument("keys", nargs="*", metavar="key=value", help="as for shardwright train, and cluster=...")
+    return found
+
+
+def _at_least_one(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 10_000_000:
+        raise ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _numbers(text: str) -> list[int]:
+    return [_at_least_one(part.strip()) for part in text.split(",")]
+
+
+def _positive(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 1 <= found <= 1e18:
+        raise ArgumentTypeError(f"{text!r} is not a number of tokens, from 1 to 1e18")
+    return found
+
+
+def _share(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1:
+        raise ArgumentTypeError(f"{text!r} is not a share, from 0 to below 1")
     return found
 
 
 def main(options: Namespace) -> int:
-    """Takes the keys of `train`; prints a table and writes `plan.json` into run.dir where that is given."""
-    from strategies.base import Plan, WorldSpec
+    """Takes the keys of `train`; prints tables, and writes `plan.json` and `plan.png` where run.dir is given."""
     from strategies.errors import ConfigError
     from trainer.config import compose, made
+    from trainer.planner.efficiency import efficiency_of
+    from trainer.planner.report import Report, show, write
+    from trainer.planner.search import search, without_machines
 
-    if options.ranks < 1:
-        raise ConfigError(f"plan: --ranks={options.ranks} is below 1. Give a number of processes (--ranks).")
     config = compose(options.keys)
-    spec, trainer = model_spec(config), made(config.trainer)
-    micro_batch = trainer.micro_batch or 1
-    plan = Plan(
-        micro_batch=micro_batch,
-        accumulation=max(1, trainer.global_batch // (micro_batch * options.ranks)),
-        clip_norm=trainer.clip_norm,
-        precision=made(config.precision),
-        activation_checkpointing=trainer.recomputing,
-    )
-    world = WorldSpec(size=options.ranks, local_size=options.ranks)
-    candidates, found = _candidates(options.keys), {}
-    for name, keys in candidates.items():
-        try:
-            found[name] = made(compose(keys).strategy).footprint(spec, world, plan)
-        except ConfigError:  # not with that many ranks
-            if len(candidates) == 1:
-                raise
-    _show(spec, found, options.ranks)
+    numbers = made(config.precision).numbers
+    machines = None if config.cluster is None else made(config.cluster).facts(numbers)
+    for name, given in (
+        ("--nodes", options.nodes),
+        ("--tokens", options.tokens),
+        ("--sensitivity", options.sensitivity),
+    ):
+        if given and machines is None:
+            raise ConfigError(f"plan: {name} needs a cluster. Say which, such as cluster=p5 (cluster).")
+    if options.ranks != 1 and machines is not None:
+        raise ConfigError(
+            f"plan: --ranks={options.ranks}, and the cluster says how many there are. Use --nodes, or cluster.devices "
+            "(cluster)."
+        )
+    wanted = wanted_of(options.keys, config, machines, options.cast)
+    report = Report(spec=wanted.facts.spec, tokens=options.tokens, overhead=options.overhead, ranks=options.ranks)
+    if machines is None:
+        report.memory_only, report.refused[0] = without_machines(wanted, options.ranks)
+        if not report.memory_only:
+            raise ConfigError(next(iter(report.refused[0].values())))
+    else:
+        factors = efficiency_of(machines.device, numbers)
+        if machines.power_w is not None and factors.nominal_w is not None and machines.power_w < factors.nominal_w:
+            factors = factors.at_power(machines.power_w)
+        report.machines, report.factors = machines, factors
+        for nodes in options.nodes or [machines.nodes]:
+            report.found[nodes], report.refused[nodes] = search(wanted, machines.on(nodes), factors)
+        if not any(report.found.values()):
+            raise ConfigError(next(why for refused in report.refused.values() for why in refused.values()))
+        if options.sensitivity and report.best is not None:
+            report.sensitivity = _sensitivity(report, wanted)
+        if report.best is None:
+            report.advice = _advice(options.keys, config, wanted, machines.on(max(report.found)), factors)
+    show(report, top=options.top)
     if config.run.dir is not None:
-        _write(Path(config.run.dir), spec, found)
+        write(report, Path(config.run.dir))
     return 0
 
 
-def model_spec(config: Any) -> ModelSpec:
-    """Count the parameters of the model that `config` describes, without storage for them.
+def wanted_of(keys: Sequence[str], config: Any, machines: Machines | None, cast: bool = False) -> Wanted:
+    """What the job is, and what it leaves to the planner.
+
+    Args:
+        keys: as they were given.
+        config: composed from them.
+        machines: to plan for; None: only memory is asked for.
+        cast: weights are cast for a step.
 
     Raises:
-        ConfigError: the model can't be made from its configuration.
+        ConfigError: the model can't be made, or not without storage.
     """
-    import torch
-
-    from strategies.base import ModelSpec
     from strategies.errors import ConfigError
     from trainer.commands.parts import tokenizer_of
     from trainer.config import made
     from trainer.models.base import AbstractModel
+    from trainer.planner.facts import facts_of
+    from trainer.planner.search import Wanted
 
-    model = made(config.model)
+    model, trainer, precision = made(config.model), made(config.trainer), made(config.precision)
     if not isinstance(model, AbstractModel):
         raise ConfigError("plan: model=own is made by a Trainer subclass, which isn't here. Choose another (model).")
     model.prepare(tokenizer_of(config.data))
-    with torch.device("meta"):
-        module = model.make()
-    return ModelSpec.of(module, slots_per_parameter=made(config.optimizer).slots_per_parameter)
+    on_cpu = machines is not None and machines.device.lower().startswith(("cpu", "amd", "intel", "arm"))
+    facts = facts_of(
+        model,
+        made(config.optimizer).slots_per_parameter,
+        precision,
+        length=_length(config, model),
+        device="cpu" if on_cpu else "cuda",
+        cast=cast,
+    )
+    batch_given = any(key.startswith(("trainer.global_batch=", "experiment=")) for key in keys)
+    return Wanted(
+        facts=facts,
+        strategies=_strategies(keys, config),
+        checkpointing=_ways(keys, trainer),
+        global_batch=trainer.global_batch if batch_given else None,
+        micro_batch=trainer.micro_batch,
+        clip_norm=trainer.clip_norm,
+        compiled=bool(config.compile),
+        cast=cast,
+    )
 
 
-def _candidates(keys: Sequence[str]) -> dict[str, list[str]]:
-    """Strategy -> the keys that choose it: the one that was named, or whatever there is."""
-    from trainer.config import strategy_names
+def _length(config: Any, model: Any) -> int:
+    """Tokens of a sample, as the data cuts them; else as many as the model knows."""
+    given = config.data.get("length") if config.data is not None else None
+    length = int(given or model.positions or 512)
+    return min(length, model.positions) if model.positions else length
+
+
+def _strategies(keys: Sequence[str], config: Any) -> Mapping[str, Strategy]:
+    """The one that was named, or whatever there is."""
+    from trainer.config import each_of, made
 
     named = [key.partition("=")[2] for key in keys if key.startswith("strategy=")]
-    if named or any(key.startswith("strategy.") for key in keys):
-        return {named[-1] if named else "ddp": list(keys)}
-    return {name: [*keys, f"strategy={name}"] for name in strategy_names()}
+    if named or any(key.startswith(("strategy.", "experiment=")) for key in keys):
+        return {named[-1] if named else "the strategy": made(config.strategy)}
+    found: dict[str, Strategy] = each_of("strategy")
+    return found
 
 
-def _show(spec: ModelSpec, found: Mapping[str, Footprint], ranks: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _ways(keys: Sequence[str], trainer: Any) -> Mapping[str, ActivationCheckpointing | None]:
+    """How activations may be kept: as was said, or each way."""
+    from strategies.activations import COSTLY_OPERATORS, ActivationCheckpointing
 
-    table = Table(
-        title=f"{spec.num_parameters:,} parameters on {ranks} {'rank' if ranks == 1 else 'ranks'}: "
-        "predicted MiB per rank, activations left out",
-        title_justify="left",
-    )
-    for column in ("strategy", "weights", "gradients", "moments", "buffers", "all", "sent per step"):
-        first = column == "strategy"
-        table.add_column(column, justify="left" if first else "right", no_wrap=first)
-    for name, it in found.items():
-        sent = sum(collective.payload_bytes * collective.count for collective in it.collectives)
-        amounts = (it.weights_bytes, it.gradients_bytes, it.moments_bytes, it.buffers_bytes, it.total_bytes, sent)
-        table.add_row(name, *(f"{amount / 2**20:,.1f}" for amount in amounts))
-    Console().print(table)
+    if trainer.recomputing is not None or any(key.startswith("trainer.activation_checkpointing") for key in keys):
+        return {trainer.activation_checkpointing.name: trainer.recomputing}
+    return {
+        "none": None,
+        "selective": ActivationCheckpointing(keep=COSTLY_OPERATORS),
+        "selective/2": ActivationCheckpointing(keep=COSTLY_OPERATORS, products_every=2),
+        "full": ActivationCheckpointing(),
+    }
 
 
-def _write(folder: Path, spec: ModelSpec, found: Mapping[str, Footprint]) -> None:
-    from strategies.errors import ConfigError
+def _sensitivity(report: Any, wanted: Wanted) -> dict[str, float]:
+    """Factor -> by what part the best plan's tokens per second fall if the factor is a tenth lower."""
+    from trainer.planner.search import again
 
-    rows: list[dict[str, Any]] = [
-        {
-            "strategy": name,
-            "bytes_per_rank": {
-                "weights": it.weights_bytes,
-                "gradients": it.gradients_bytes,
-                "moments": it.moments_bytes,
-                "buffers": it.buffers_bytes,
-                "total": it.total_bytes,
-            },
-        }
-        for name, it in found.items()
-    ]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = {"num_parameters": spec.num_parameters, "candidates": rows}
-        (folder / "plan.json").write_text(json.dumps(plan, indent=1))
-    except OSError as error:
-        raise ConfigError(f"plan: {folder} can't be written: {error.strerror}. Choose another (run.dir).") from error
+    best, factors = report.best, report.factors
+    found = {}
+    for name in factors.factors():
+        changed = again(wanted, best, factors.with_factors(**{name: 0.9 * getattr(factors, name)}))
+        if changed.speed is not None:
+            found[name] = changed.speed.tokens_per_s / best.speed.tokens_per_s - 1
+    return found
+
+
+def _advice(keys: Sequence[str], config: Any, wanted: Wanted, machines: Machines, factors: Any) -> list[str]:
+    """Changes with which something fits, the cheapest first; one line each."""
+    from trainer.config import each_of
+    from trainer.planner.advice import changes
+
+    optimizers = {name: it.slots_per_parameter for name, it in each_of("optimizer").items()}
+    return changes(wanted, machines, factors, optimizers=optimizers, clusters=each_of("cluster"))

@@ -22,7 +22,7 @@ class Instance:
 INSTANCES = {
     each.type: Instance(each.gpus, each.efa, each.cpus, each.memory_gib)
     for each in instances().values()
-    if each.cpus is not None and each.memory_gib is not None
+    if each.gpus and each.cpus is not None and each.memory_gib is not None
 }
 
 

@@ -32,10 +32,11 @@ class Peak:
     """Through Tensor Cores where there are such."""
 
 
-# From NVIDIA's datasheets of each product (B200 and GB200: of HGX B200 and GB200 NVL72). The first
-# pattern that is found counts, so variants stand before the plain name.
+# From NVIDIA's datasheets of each product (B300, B200 and GB200: of HGX B300, HGX B200 and GB200 NVL72), Trainium
+# from the Neuron documentation. The first pattern that is found counts, so variants stand before the plain name.
 _PEAKS = (
     Peak(pattern=r"\bGB200\b", half=2500, tf32=1250, fp32=80, fp64=40),
+    Peak(pattern=r"\bB300\b", half=2250, tf32=1125, fp32=75, fp64=1.25),
     Peak(pattern=r"\bB200\b", half=2250, tf32=1100, fp32=75, fp64=37),
     Peak(pattern=r"\bH200 NVL\b", half=835.5, tf32=417.5, fp32=60, fp64=60),
     Peak(pattern=r"\b(GH200|H200)\b", half=989.5, tf32=494.7, fp32=67, fp64=67),
@@ -56,6 +57,7 @@ _PEAKS = (
     Peak(pattern=r"\bV100-PCIE", half=112, fp32=14, fp64=7, bf16=False),
     Peak(pattern=r"\bV100", half=125, fp32=15.7, fp64=7.8, bf16=False),
     Peak(pattern=r"\bT4\b", half=65, fp32=8.1, bf16=False),
+    Peak(pattern=r"\bTrainium\b", half=190, tf32=190, fp32=47.5),
 )
 
 
