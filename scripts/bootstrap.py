@@ -125,8 +125,8 @@ def install() -> None:
         say(f"1/3 making .venv with Python {sys.version.split()[0]}")
         call("venv", [sys.executable, "-m", "venv", "--clear", str(VENV)])
     pins = [line for line in LOCK.read_text().splitlines() if line and not line.startswith("#")]
-    builders = [pin for pin in pins if pin.split("==")[0] in ("setuptools", "wheel")]
     # Builds run in this environment, with the lock's setuptools: an isolated one would fetch its own.
+    builders = [pin for pin in pins if pin.split("==")[0] in ("setuptools", "wheel")]
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-user", "--no-build-isolation"]
     say(f"2/3 installing {len(pins)} packages (some minutes without pip's cache)")
     call("pip", [*pip, "--quiet", *builders])
@@ -190,11 +190,12 @@ def test(arguments: list[str]) -> int:
 
 
 def parts() -> list[list[str]]:
-    """pytest's arguments for three processes; together every test, once. The first part's wait most of the time."""
-    waiting = ["tests/faults", "tests/scripts", *map("tests/trainer/{}".format, ("checkpoint", "launch", "sagemaker"))]
-    second = ["tests/trainer", *sorted(map(str, Path("tests").glob("test_*.py")))]
-    not_waiting = [f"--ignore={path}" for path in waiting]
-    return [waiting, [*second, *not_waiting], [*not_waiting, *(f"--ignore={path}" for path in second)]]
+    """pytest's arguments for three processes, which take about as long; together every test, once."""
+    ours = ["tests/trainer/" + name for name in ("checkpoint", "launch", "models", "sagemaker", "commands", "planner")]
+    folders, files = (sorted(map(str, Path("tests").glob(pattern))) for pattern in ("[!_]*/", "test_*.py"))
+    first, second = ["tests/faults", "tests/scripts", *ours[:4]], ["tests/trainer", *files]
+    third = [*ours[4:], *(path for path in folders if path not in (*first, *second))]
+    return [first, [*second, *(f"--ignore={path}" for path in ours)], third]
 
 
 def checked(steps: dict[str, list[str]]) -> int:
@@ -203,8 +204,7 @@ def checked(steps: dict[str, list[str]]) -> int:
     for name, words in steps.items():
         say(" ".join(words))
         codes[name] = run([str(PYTHON), "-m", *words])
-    failed = [name for name, code in codes.items() if code]
-    if failed:
+    if failed := [name for name, code in codes.items() if code]:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return codes["pytest"] or (1 if failed else 0)
 

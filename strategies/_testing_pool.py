@@ -48,7 +48,12 @@ class Outcome:
             text = f"rank {self.rank} returned {_short(repr(self.value))}\n"
         else:
             text = f"rank {self.rank}: {self.error}: {self.message}\n{self.trace}"
-        return text + (f"rank {self.rank} printed:\n{self.printed[-4000:]}\n" if self.printed and self.error else "")
+        return text + (f"rank {self.rank} printed:\n{_ends(self.printed)}\n" if self.printed and self.error else "")
+
+
+def _ends(text: str, each: int = 3000) -> str:
+    """A process that aborts says why before all its stacks."""
+    return text if len(text) <= 2 * each else f"{text[:each]}\n[...]\n{text[-each:]}"
 
 
 class JobError(Exception):

@@ -136,6 +136,9 @@ class Lab:
         return found
 
     def _kill(self, processes: Sequence[psutil.Process]) -> None:
+        for each in processes:  # else one of them may still tell how its children ended
+            with contextlib.suppress(psutil.Error):
+                each.suspend()
         for each in processes:
             for process in (*_below(each), each):
                 with contextlib.suppress(psutil.Error):
