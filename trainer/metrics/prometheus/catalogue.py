@@ -75,6 +75,18 @@ FAMILIES = (
         always=False,
     ),
     _logged(
+        "step_all_communication_seconds",
+        "communication_total_s",
+        "The same with what went on behind computation.",
+        always=False,
+    ),
+    _logged(
+        "straggle_ratio",
+        "straggle",
+        "How much longer the slowest rank worked by itself than the middle one.",
+        always=False,
+    ),
+    _logged(
         "step_checkpoint_seconds",
         "checkpoint_s",
         "Waiting for checkpoints, per step; no part of its duration.",

@@ -169,6 +169,23 @@ ROWS = (
                 width=12,
             ),
             Panel(
+                title="Communication, hidden or not",
+                curves={
+                    "{{run}}, all": f"avg by (run) (shardwright_step_all_communication_seconds{RUN})",
+                    "{{run}}, not hidden": f"avg by (run) (shardwright_step_communication_seconds{RUN})",
+                },
+                unit="s",
+                help="Means over the ranks, per step. What lies between the two goes on behind computation.",
+                width=6,
+            ),
+            Panel(
+                title="Straggle",
+                curves={"{{run}}": _of_run("straggle_ratio")},
+                unit="percentunit",
+                help="How much longer the slowest rank works by itself than the middle one.",
+                width=6,
+            ),
+            Panel(
                 title="Each rank: since its last step",
                 curves={"{{run}} {{rank}}": f"time() - {_STAMP}{_RANK}"},
                 unit="s",
