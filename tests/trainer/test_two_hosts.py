@@ -98,10 +98,9 @@ class Hosts:
         return found
 
     def newest_checkpoint(self) -> int:
-        """The last step that each host has whole on its disk."""
-        found = [{int(path.parent.name.removeprefix("step-")) for path in disk.glob("run/checkpoints/*/manifest.json")}
-                 for disk in (self.folder / "disk-0", self.folder / "disk-1")]  # fmt: skip
-        return max(found[0] & found[1])
+        """The last step that is whole on the disk of rank 0, which writes it."""
+        found = (self.folder / "disk-0" / "run" / "checkpoints").glob("*/manifest.json")
+        return max(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
 def _words_of(process: psutil.Process) -> Sequence[str]:
