@@ -160,7 +160,9 @@ def test_cut_cable_ends_both_sides_and_the_run_goes_on_when_it_is_back(hosts: Ho
     codes = [process.wait(90) for process in processes]
     passed = time.monotonic() - begin
     assert passed < 60
-    assert codes == ([1, -9] if form == "c10d" else [1, 1]), "c10d's torchrun doesn't come out of its waiting"
+    assert codes[0] == 1
+    # c10d's torchrun is killed where it doesn't come out of its waiting for the host that is gone.
+    assert codes[1] in ((1, -9) if form == "c10d" else (1,))
     [near], [far] = hosts.said(0), hosts.said(1)
     assert near.startswith("TrainingError: rank 1 is gone with its machine (host-1)")
     assert far.startswith("TrainingError: the machine where the ranks meet (")
