@@ -69,13 +69,14 @@ def predicted(model: ModelSpec, world: WorldSpec, plan: Plan, messages: Messages
     """
     number = plan.precision.master_dtype.itemsize
     gradients = model.num_trainable * number
+    outside = gradients if plan.accumulation > 1 else 0  # earlier micro-batches add up outside of the buckets
     return Footprint(
         weights_bytes=model.num_parameters * number,
         gradients_bytes=gradients,  # the buckets themselves: gradients are views of them
         moments_bytes=int(model.num_trainable * model.slots_per_parameter * number),
         activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-        # On its way into a bucket; and what earlier micro-batches have added up outside of the buckets.
-        buffers_bytes=model.largest_gradient * number + (gradients if plan.accumulation > 1 else 0),
+        buffers_bytes=model.largest_gradient * number + outside,
+        beside=(outside,),
         collectives=messages.of_step(model, world, plan),
     )
 

@@ -39,6 +39,10 @@ class Messages:
 
     def of_step(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> tuple[Collective, ...]:
         """Those of one optimizer step."""
+        key = ("ddp", self, world, plan.accumulation, plan.precision.master_dtype)
+        return model.once(key, lambda: self._of_step(model, world, plan))
+
+    def _of_step(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> tuple[Collective, ...]:
         number = plan.precision.master_dtype.itemsize
         sent = [("all_reduce", size, "backward") for size in self._of_gradients(model, number)]
         if self.find_unused:  # which of them were used, as int32

@@ -23,7 +23,9 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
+from strategies.base import Plan
 from strategies.errors import ConfigError
+from strategies.precision import Numbers
 
 _UNTOUCHED: dict[str, Any] = {}
 """deepspeed.utils.groups, as it was when it was imported."""
@@ -41,6 +43,21 @@ def check_installed() -> None:
         raise ConfigError(
             "DeepSpeedStrategy: DeepSpeed is not installed. Run pip install 'shardwright[deepspeed]', or choose "
             "strategy=fsdp_full, which cuts in the same way (strategy)."
+        )
+
+
+def refuse_plan(stage: int, plan: Plan) -> None:
+    """What DeepSpeed can't do of a step.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if plan.precision.numbers is Numbers.fp64:
+        raise ConfigError("DeepSpeedStrategy: DeepSpeed computes in fp32 at most. Use precision=fp32 (precision).")
+    if plan.compile and stage == 3:
+        raise ConfigError(
+            "DeepSpeedStrategy: stage=3 gathers weights in ways that torch.compile can't follow. Use compile=false "
+            "or strategy=fsdp_full, which cuts in the same way (compile, strategy)."
         )
 
 

@@ -26,6 +26,14 @@ ELEMENTWISE = ("ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam"
 """Of torch.optim."""
 
 
+def uncuttable(optimizer: str) -> ConfigError:
+    """What there is to say of an optimizer that doesn't work number by number."""
+    return ConfigError(
+        f"DeepSpeedStrategy: {optimizer} looks at whole matrices, and ZeRO cuts them anywhere. "
+        "Use optimizer=adamw, or a strategy that keeps matrices whole: ddp (optimizer, strategy)."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fragment:
     """This rank's piece of one parameter."""
@@ -54,10 +62,7 @@ class FragmentedOptimizer(Optimizer):
         """
         kind = type(inner)
         if kind.__module__.split(".")[0] != "deepspeed" and kind.__name__ not in ELEMENTWISE:
-            raise ConfigError(
-                f"DeepSpeedStrategy: {kind.__name__} looks at whole matrices, and ZeRO cuts them anywhere. "
-                "Use optimizer=adamw, or a strategy that keeps matrices whole: ddp (optimizer, strategy)."
-            )
+            raise uncuttable(kind.__name__)
         inner.param_groups[:] = [group for group in inner.param_groups if group["params"]]  # DeepSpeed counts these
         self.inner = inner
         self.unused: set[str] = set()

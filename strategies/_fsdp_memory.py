@@ -6,6 +6,7 @@ pass to the end of the backward one. Dim 0 of each parameter is padded to a mult
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ class Cut:
 
     rest: Part
     blocks: tuple[Part, ...]
+    head: int = 0
+    """Of the rest's gradients, those that backward has before it comes to the blocks."""
+    stages: tuple[int, ...] = (0,)
+    """For each stage of a forward pass through all blocks of the model, the one of these blocks' that it is a part of:
+    a block that shares a parameter belongs to the rest."""
     idle: int = 0
     """Blocks at the beginning that backward doesn't come to, since nothing in them or before them is trained."""
 
@@ -56,14 +62,49 @@ def cut(spec: ModelSpec, ranks: int, wrap: Sequence[str], wrap_parameters: int |
     if spec.outline is None:
         whole = Part(math.ceil(spec.num_parameters / ranks) * ranks, math.ceil(spec.num_trainable / ranks) * ranks)
         return Cut(whole, ())
-    blocks = with_own_parameters(spec.outline, find_blocks(spec.outline, wrap, wrap_parameters))
-    inside = {id(value) for block in blocks for value in block.parameters()}
-    rest = [value for value in spec.outline.parameters() if id(value) not in inside]
-    return Cut(
-        _part(rest, ranks),
-        tuple(_part(list(block.parameters()), ranks) for block in blocks),
-        _idle(spec.outline, blocks),
+    outline, named = spec.outline, (tuple(wrap), wrap_parameters)
+    rest, behind, blocks, stages, idle = spec.once(("parts", *named), lambda: _parts(outline, wrap, wrap_parameters))
+    return spec.once(
+        ("cut", *named, ranks),
+        lambda: Cut(
+            _part(rest, ranks),
+            tuple(_part(block, ranks) for block in blocks),
+            _part(behind, ranks).gradients,
+            stages,
+            idle,
+        ),
     )
+
+
+def _parts(
+    outline: nn.Module, wrap: Sequence[str], wrap_parameters: int | None
+) -> tuple[list[nn.Parameter], list[nn.Parameter], list[list[nn.Parameter]], tuple[int, ...], int]:
+    """The parameters outside all blocks, those behind them, those of each, its stages, and how many are idle."""
+    found = find_blocks(outline, wrap, wrap_parameters)
+    blocks = with_own_parameters(outline, found)
+    inside = {id(value) for block in blocks for value in block.parameters()}
+    rest = [value for value in outline.parameters() if id(value) not in inside]
+    each = [list(block.parameters()) for block in blocks]
+    return rest, _behind(outline, inside), each, _stages(found, blocks), _idle(outline, blocks)
+
+
+def _stages(found: Sequence[nn.Module], blocks: Sequence[nn.Module]) -> tuple[int, ...]:
+    own, stages = {id(block) for block in blocks}, [0]
+    for block in found:
+        last = stages[-1]
+        stages += [last + 1, last + 2] if id(block) in own else [last, last]
+    return tuple(stages)
+
+
+def _behind(model: nn.Module, inside: set[int]) -> list[nn.Parameter]:
+    """Parameters that the model names, also by another name, after its last block, those `inside` which are given."""
+    found: dict[int, nn.Parameter] = {}
+    for _, value in model.named_parameters(remove_duplicate=False):
+        if id(value) in inside:
+            found.clear()
+        else:
+            found[id(value)] = value
+    return list(found.values())
 
 
 def _idle(model: nn.Module, blocks: Sequence[nn.Module]) -> int:
@@ -88,8 +129,23 @@ def _padded(value: nn.Parameter, ranks: int) -> int:
     return math.ceil(rows / ranks) * ranks * math.prod(value.shape[1:])
 
 
-def beside_stages(cut: Cut, *, ranks: int, prefetch: int, kept: float, gathered: int, reduced: int) -> tuple[int, ...]:
-    """Bytes that a step takes besides what is kept between steps, at each stage (`Footprint.beside`).
+@dataclass(frozen=True)
+class Besides:
+    """Bytes that a step takes besides what is kept between steps."""
+
+    stages: tuple[int, ...]
+    """`Footprint.beside` of a model with all its blocks, without the whole gradients of the stage itself."""
+    end: int
+    """When backward is through: the rest's gradients, and as they are sent."""
+    most: int
+    """Of both, a stage's own gradients among them."""
+
+
+@functools.lru_cache(maxsize=64)
+def besides(
+    cut: Cut, *, ranks: int, prefetch: int, kept: float, gathered: int, reduced: int, again: bool = False
+) -> Besides:
+    """What there is at each stage.
 
     Args:
         cut: the model.
@@ -98,16 +154,30 @@ def beside_stages(cut: Cut, *, ranks: int, prefetch: int, kept: float, gathered:
         kept: share of a block that stays with a rank between forward and backward; 1: it isn't cut in between.
         gathered: bytes of a number of a part that is whole.
         reduced: bytes of a number on its way to the other ranks.
+        again: another micro-batch of the step was reduced before, whose last message is let go of by the next one.
     """
-    stages = 2 * len(cut.blocks) + 1
-    found = [0] * (2 * stages)
-    for stage, numbers in _moments(cut, ranks, prefetch, kept, reduced / gathered):
+    widened, rest = reduced / gathered, cut.rest
+    found = [0] * (4 * len(cut.blocks) + 2)
+    # What is gathered first is copied once, too: then, as in the end, there are no activations.
+    end = most = max(rest.weights * (1 if ranks == 1 else 2), (1 + widened) * rest.gradients)
+    for stage, numbers, own in _moments(cut, ranks, prefetch, kept, widened, widened * rest.gradients * again):
         found[stage] = max(found[stage], math.ceil(numbers * gathered))
-    return tuple(found)
+        most = max(most, numbers + own)
+    last = len(found) - 1
+    return Besides(
+        (*(found[stage] for stage in cut.stages), *(found[last - stage] for stage in reversed(cut.stages))),
+        math.ceil(end * gathered),
+        math.ceil(most * gathered),
+    )
 
 
-def _moments(cut: Cut, ranks: int, prefetch: int, kept: float, widened: float) -> Iterator[tuple[int, float]]:
-    """The numbers in use at each moment at which they may be most, with its stage; `widened`: of gradients as sent."""
+def _moments(
+    cut: Cut, ranks: int, prefetch: int, kept: float, widened: float, pending: float
+) -> Iterator[tuple[int, float, int]]:
+    """The numbers in use at each moment at which they may be most, with its stage, and its own whole gradients.
+
+    `widened`: numbers of a gradient as it is sent; `pending`: of what was sent last and isn't let go of.
+    """
     rest, blocks = cut.rest, cut.blocks
     last_stage = 2 * len(blocks)
 
@@ -120,28 +190,29 @@ def _moments(cut: Cut, ranks: int, prefetch: int, kept: float, widened: float) -
         return sum(block.weights for block in blocks[max(first, 0) : last]) if ranks > 1 else 0
 
     buffer = 0 if ranks == 1 else 1
-    yield 0, rest.weights * (1 + buffer)
-    before = 0.0
+    there = rest.weights + pending
+    yield 0, there, 0
     for index, block in enumerate(blocks):
         last = blocks[index - 1] if index else rest
         ahead = ahead_of(index + 1, index + 1 + prefetch) if prefetch > 1 else 0
-        yield 2 * index + 1, rest.weights + before + block.weights * (1 + buffer) + max(last.weights * buffer, ahead)
-        before += block.weights * kept
-        yield 2 * index + 2, rest.weights + before + block.weights * buffer
-    reducing = 0.0
-    in_advance = ahead_of(len(blocks) - prefetch, len(blocks)) if kept < 1 else 0
-    yield behind(last_stage), rest.weights + rest.gradients + before + in_advance
+        in_use = there + block.weights * (1 + buffer)
+        yield 2 * index, in_use + max(last.weights * buffer, ahead), 0  # what it begins with
+        yield 2 * index + 1, in_use + ahead, 0
+        there += block.weights * kept
+        yield 2 * index + 2, there + block.weights * buffer, 0
+    # The head's gradient, and the last block gathered again, come when the loss is gone, and are of the next stage.
+    yield behind(last_stage), there, 0
+    there += cut.head - pending
+    reducing = pending
     for index, block in reversed([*enumerate(blocks)]):
-        before -= block.weights * kept
-        there = rest.weights + rest.gradients + before
-        if kept < 1:
-            there += ahead_of(index - prefetch, index)
-        yield behind(2 * index + 1), there + block.weights + block.gradients + reducing
-        yield behind(2 * index + 1), there + (1 + widened) * block.gradients  # and as they are sent
+        there -= block.weights * kept
+        ahead = ahead_of(index - prefetch, index) if kept < 1 else 0
+        yield behind(2 * index + 1), there + ahead + block.weights + reducing, block.gradients
         reducing = block.gradients * widened
-        yield behind(2 * index), there + reducing
-    yield behind(0), rest.weights + rest.gradients + reducing
-    yield behind(0), (1 + widened) * rest.gradients
+        yield behind(2 * index + 1), there + ahead + reducing, block.gradients  # as they are sent
+        yield behind(2 * index), there + ahead + reducing, 0
+    if blocks:
+        yield behind(0), there + reducing, 0
 
 
 def predicted(
@@ -173,9 +244,18 @@ def predicted(
     weights, gradients = (numbers * number // ranks for numbers in (parts.weights, parts.gradients))
     moments = int(gradients * model.slots_per_parameter)
     gathered = plan.weights_dtype.itemsize
-    beside = beside_stages(parts, ranks=ranks, prefetch=prefetch, kept=kept, gathered=gathered, reduced=number)
-    if plan.accumulation > 1 and not reduce_every:  # whole until they are parts
-        beside = tuple(each + (parts.gradients - parts.gradients // ranks) * number for each in beside)
+    again = plan.accumulation > 1
+    step = besides(
+        parts,
+        ranks=ranks,
+        prefetch=prefetch,
+        kept=kept,
+        gathered=gathered,
+        reduced=number,
+        again=again and reduce_every,
+    )
+    # Added up whole until the last micro-batch, beside the parts that they become.
+    whole = (parts.gradients - parts.gradients // ranks) * number if again and not reduce_every else 0
     collectives = sent(
         model,
         plan,
@@ -189,10 +269,13 @@ def predicted(
     return Footprint(
         weights_bytes=weights,
         gradients_bytes=gradients,
+        gradients_come=not again,
+        gradients_whole_first=not whole,
         moments_bytes=moments,
         activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
-        buffers_bytes=max(beside),
-        beside=beside,
+        buffers_bytes=step.most + whole,
+        beside=tuple(each + whole for each in step.stages),
+        step_bytes=step.end,
         collectives=collectives,
         copied_bytes=_copied(collectives, gathered, number),
         host_bytes=weights + gradients + moments if on_host else 0,

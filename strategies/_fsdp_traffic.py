@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -38,17 +39,32 @@ def sent(
         kept: share of a block that stays with a rank between forward and backward; 1: it isn't cut in between.
         reduce_every: gradients are reduced after each micro-batch.
     """
-    found = [
-        *_gatherings(plan, parts, ranks, prefetch=prefetch, kept=kept),
-        *_reductions(plan, parts, ranks, groups, reduce_every=reduce_every),
-        *_of_all(model, plan, ranks * groups),
-    ]
-    return merged(found)
+    of_parts = _of_parts(
+        parts, ranks, groups, plan.accumulation, plan.weights_dtype.itemsize, plan.precision.master_dtype.itemsize,
+        prefetch=prefetch, kept=kept, reduce_every=reduce_every,
+    )  # fmt: skip
+    return merged([*of_parts, *_of_all(model, plan, ranks * groups)])
 
 
-def _gatherings(plan: Plan, parts: Cut, ranks: int, *, prefetch: int, kept: float) -> Iterator[Collective]:
+@functools.lru_cache(maxsize=64)
+def _of_parts(
+    parts: Cut, ranks: int, groups: int, passes: int, gathered: int, reduced: int,
+    *, prefetch: int, kept: float, reduce_every: bool,
+) -> tuple[Collective, ...]:  # fmt: skip
+    """Of parameters, in `passes` micro-batches; `gathered`, `reduced`: bytes of a number on its way."""
+    return merged(
+        [
+            *_gatherings(parts, ranks, passes, gathered, prefetch=prefetch, kept=kept),
+            *_reductions(parts, ranks, groups, passes if reduce_every else 1, reduced),
+        ]
+    )
+
+
+def _gatherings(
+    parts: Cut, ranks: int, passes: int, number: int, *, prefetch: int, kept: float
+) -> Iterator[Collective]:
     """Each part before its forward pass, and a block before its backward one if it was cut in between."""
-    number, passes, idle = plan.weights_dtype.itemsize, plan.accumulation, parts.idle
+    idle = parts.idle
     near = round(1 / kept) if kept else ranks
     # Backward gathers ahead without asking whether it will come to a block; the next forward pass finds such a one.
     ahead = min(prefetch if idle < len(parts.blocks) else 1, idle)
@@ -65,9 +81,8 @@ def _gathering(size: int, count: int, ranks: int, phase: str) -> Collective:
     return Collective(kind="all_gather", payload_bytes=size, count=count, ranks=ranks, phase=phase)
 
 
-def _reductions(plan: Plan, parts: Cut, ranks: int, groups: int, *, reduce_every: bool) -> Iterator[Collective]:
+def _reductions(parts: Cut, ranks: int, groups: int, passes: int, number: int) -> Iterator[Collective]:
     """Each part's gradients after its backward pass; between the groups once per step."""
-    number, passes = plan.precision.master_dtype.itemsize, plan.accumulation if reduce_every else 1
     for part in (*parts.blocks, parts.rest):
         size = part.gradients * number
         yield Collective(kind="reduce_scatter", payload_bytes=size, count=passes, ranks=ranks)

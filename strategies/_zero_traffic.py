@@ -9,7 +9,7 @@ are used again soon.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from strategies.footprint import merged
 
 _NUMBER = 4
 """Bytes: all that travels is fp32."""
-_ALIGNMENT = 2
+ALIGNMENT = 2
 """Stages 1 and 2: what is cut is padded to so many numbers per rank (`nccl_start_alignment_factor`)."""
 _REUSE = 10**9
 """Stage 3: weights that are used again within so many numbers stay gathered (`stage3_max_reuse_distance`)."""
@@ -40,12 +40,19 @@ class Sizes:
     persistent: int = PERSISTENT
     near: int = 1
     """hpZ: ranks among which weights are gathered that were gathered in the same step before; 1: all."""
+    sub_group: int = 10**9
+    """Stage 3: numbers of a rank that are stepped at a time (`sub_group_size`)."""
     late: bool = False
     """Gradients are reduced at the end of a step, in stages 2 and 3 too."""
 
 
 def sent(model: ModelSpec, world: WorldSpec, plan: Plan, stage: int, sizes: Sizes) -> tuple[Collective, ...]:
     """The collectives of one optimizer step."""
+    key = ("zero", stage, sizes, world, plan.accumulation, plan.precision.master_dtype)
+    return model.once(key, lambda: _sent(model, world, plan, stage, sizes))
+
+
+def _sent(model: ModelSpec, world: WorldSpec, plan: Plan, stage: int, sizes: Sizes) -> tuple[Collective, ...]:
     reduced = [value.numel() for value in model.trained()] or [model.num_trainable]
     found = [*statistics(model, plan, world.size)]
     if stage == 3:
@@ -56,14 +63,14 @@ def sent(model: ModelSpec, world: WorldSpec, plan: Plan, stage: int, sizes: Size
         passes = 1 if stage == 1 or sizes.late else plan.accumulation
         found.append(_one(kind, padded, world.size, count=passes))
     if stage < 3:
-        found.append(_one("all_gather", _padded(sum(reduced), world.size * _ALIGNMENT), world.size, phase="step"))
+        found.append(_one("all_gather", _padded(sum(reduced), world.size * ALIGNMENT), world.size, phase="step"))
     norm = torch.float64 if stage == 3 else torch.float32
     found.append(_one("all_reduce", norm.itemsize // _NUMBER, world.size, phase="step"))
     return merged(found)
 
 
 def _gatherings(model: ModelSpec, world: WorldSpec, plan: Plan, sizes: Sizes) -> Iterator[Collective]:
-    parameters = [] if model.outline is None else [*model.outline.parameters()]
+    parameters = model.parameters
     cut: list[Tensor] = [value for value in parameters if value.numel() > sizes.persistent]
     if not parameters:
         cut = [torch.empty(model.num_parameters, device="meta", requires_grad=True)]
@@ -95,7 +102,7 @@ def _gathering(group: list[Tensor], ranks: int, among: int, *, count: int, phase
     return _one("all_gather", size, among, count=count, phase=phase)
 
 
-def _released(parameters: list[Tensor]) -> list[Tensor]:
+def _released(parameters: Sequence[Tensor]) -> list[Tensor]:
     """Those that backward comes to so late that they weren't kept, in its order."""
     found, behind = [], 0
     for value in reversed(parameters):
@@ -107,8 +114,12 @@ def _released(parameters: list[Tensor]) -> list[Tensor]:
 
 def kept_to_the_end(model: ModelSpec) -> int:
     """Numbers of weights that stay whole from forward to backward, since they are used again soon."""
-    parameters: list[Tensor] = [] if model.outline is None else list(model.outline.parameters())
-    return sum(value.numel() for value in parameters) - sum(value.numel() for value in _released(parameters))
+
+    def count() -> int:
+        total = sum(value.numel() for value in model.parameters)
+        return total - sum(value.numel() for value in _released(model.parameters))
+
+    return model.once("kept to the end", count)
 
 
 def _padded(size: int, parts: int) -> int:

@@ -48,6 +48,11 @@ class AccelerateStrategy(TorchStrategy):
         self._replica: Replica | None = None
         self._shards: Shards | None = None
 
+    libraries = ("accelerate",)
+
+    def refuse_job(self, backend: Backend, launch: Launch, plan: Plan, model: ModelSpec) -> None:
+        self._checked(launch).refuse_plan(plan)
+
     def connect(self, backend: Backend) -> World:
         launch = Launch.from_env()
 

@@ -31,7 +31,7 @@ from strategies.footprint import Footprint as Footprint
 from strategies.footprint import ModelSpec as ModelSpec
 from strategies.footprint import WorldSpec as WorldSpec
 from strategies.precision import Precision
-from strategies.world import World
+from strategies.world import Launch, World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +204,22 @@ class Strategy(ABC):
 
     can_simulate: ClassVar[bool] = False
     """Its steps can be run as one rank of many that aren't there, which `SimulatedBackend` does."""
+
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """What it needs besides torch: of two that are as good, `strategy=auto` takes the one that needs less."""
+
+    def refuse_job(self, backend: Backend, launch: Launch, plan: Plan, model: ModelSpec) -> None:
+        """Whether it could do a job here, asked before anything is connected; `strategy=auto` passes over it if not.
+
+        Args:
+            backend: that it would be connected with.
+            launch: of this rank.
+            plan: how a step would go.
+            model: that would be trained.
+
+        Raises:
+            ConfigError: `connect` or `setup` would refuse it, as far as this machine can tell.
+        """
 
     def elastic(self) -> Elastic | None:
         """What `connect` gives its World to go on with when ranks are lost or join; None: the run ends with them."""

@@ -97,6 +97,7 @@ class DDPStrategy(TorchStrategy):
         return self._world
 
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
+        self._refuse(plan)
         return predicted(
             model,
             world,
@@ -114,12 +115,15 @@ class DDPStrategy(TorchStrategy):
         self._world = self._run = self._replica = None
         disconnect_ranks()
 
-    def _wrap(self, model: nn.Module, plan: Plan) -> nn.Module:
+    def _refuse(self, plan: Plan) -> None:
         if self.static_graph and plan.accumulation > 1:
             raise ConfigError(
                 f"DDPStrategy: static_graph=true can't accumulate ({plan.accumulation} micro-batches per step). "
                 "Leave it null, or raise the micro-batch (strategy.static_graph, trainer.micro_batch)."
             )
+
+    def _wrap(self, model: nn.Module, plan: Plan) -> nn.Module:
+        self._refuse(plan)
         device = self._connected.device
         wrapped = DistributedDataParallel(
             model,

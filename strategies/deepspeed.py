@@ -22,18 +22,19 @@ from strategies._deepspeed import (
     cpu_adam,
     forget_engines,
     let_go,
+    refuse_plan,
     say_local_rank,
     start_counting,
     unheard,
 )
 from strategies._deepspeed_config import BUCKET, Ours, check_optimizer, completed, merged, read
-from strategies._deepspeed_fields import Offload, check_fields, numbers, on_nvme, said
-from strategies._fragments import FragmentedOptimizer
+from strategies._deepspeed_fields import SUB_GROUP, Offload, check_fields, numbers, on_nvme, said
+from strategies._fragments import FragmentedOptimizer, uncuttable
 from strategies._nvme import NVMe, Place
 from strategies._statistics import statistics_of, take_over
 from strategies._torch import TorchStrategy
 from strategies._zero import Partitions, partitions_of
-from strategies._zero_memory import zero_footprint
+from strategies._zero_memory import Lies, zero_footprint
 from strategies._zero_traffic import PERSISTENT, Sizes
 from strategies.backends import Backend, check_everywhere, connect_ranks, disconnect_ranks, sharing_device
 from strategies.base import (
@@ -49,7 +50,6 @@ from strategies.base import (
     WorldSpec,
 )
 from strategies.errors import ConfigError
-from strategies.precision import Numbers
 from strategies.world import Launch, World
 
 if TYPE_CHECKING:
@@ -115,6 +115,13 @@ class DeepSpeedStrategy(TorchStrategy):
         self._near = 1  # ranks among which weights are gathered for the backward pass
         check_fields(self)
 
+    libraries = ("deepspeed",)
+
+    def refuse_job(self, backend: Backend, launch: Launch, plan: Plan, model: ModelSpec) -> None:
+        check_installed()
+        self._near_of(launch.size, launch.local_size)
+        refuse_plan(self.stage, plan)
+
     def connect(self, backend: Backend) -> World:
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -140,6 +147,10 @@ class DeepSpeedStrategy(TorchStrategy):
         return near
 
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
+        refuse_plan(self.stage, plan)
+        if not model.elementwise:
+            raise uncuttable("the optimizer")
+        on_disk = self.offload_optimizer is Offload.nvme
         return zero_footprint(
             model,
             world,
@@ -150,11 +161,11 @@ class DeepSpeedStrategy(TorchStrategy):
                 prefetch=numbers(self.prefetch_mb) or BUCKET,
                 persistent=PERSISTENT if self.persist_numbers is None else self.persist_numbers,
                 near=self._near_of(world.size, world.local_size),
+                sub_group=self.sub_group_numbers or (SUB_GROUP if on_disk else Sizes.sub_group),
                 late=self.find_unused,
             ),
-            offloaded=self.offload_optimizer is Offload.cpu,
-            optimizer_on_nvme=self.offload_optimizer is Offload.nvme,
-            weights_on_nvme=self.offload_parameters is Offload.nvme,
+            lies=Lies(optimizer=self.offload_optimizer, weights=self.offload_parameters),
+            overlaps=self.overlap is not False,
         )
 
     def close(self) -> None:
@@ -166,13 +177,7 @@ class DeepSpeedStrategy(TorchStrategy):
     # What TorchStrategy asks for.
 
     def _placed(self, model: nn.Module, weights: Weights, plan: Plan) -> nn.Module:
-        if plan.precision.numbers is Numbers.fp64:
-            raise ConfigError("DeepSpeedStrategy: DeepSpeed computes in fp32 at most. Use precision=fp32 (precision).")
-        if plan.compile and self.stage == 3:
-            raise ConfigError(
-                "DeepSpeedStrategy: stage=3 gathers weights in ways that torch.compile can't follow. Use compile=false "
-                "or strategy=fsdp_full, which cuts in the same way (compile, strategy)."
-            )
+        refuse_plan(self.stage, plan)
         self._drop_engine()
         return super()._placed(model, weights, plan)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import functools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +22,8 @@ class ModelSpec:
     num_trainable: int
     slots_per_parameter: float = 2.0
     """Moments that the optimizer keeps for each trainable number."""
+    elementwise: bool = True
+    """The optimizer updates each number from its own gradient and moments alone."""
     activation_bytes_per_sample: int = 0
     outline: nn.Module | None = field(default=None, compare=False, repr=False)
     """The model on the meta device, for a strategy whose memory depends on its parts; None: taken as one piece."""
@@ -41,23 +46,48 @@ class ModelSpec:
     @property
     def largest_gradient(self) -> int:
         """Numbers in the gradient of the largest parameter."""
-        trained = () if self.outline is None else (p.numel() for p in self.outline.parameters() if p.requires_grad)
-        return max(trained, default=0)
+        return max((value.numel() for value in self._trained), default=0)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, or gave before for the same key: a planner asks hundreds of times for the same."""
+        known = self._known
+        if key not in known:
+            known[key] = make()
+        return cast(T, known[key])
+
+    @functools.cached_property
+    def _known(self) -> dict[Hashable, Any]:
+        return {}
+
+    @functools.cached_property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """Without storage, in the model's own order, tied ones once; none without an outline."""
+        return () if self.outline is None else tuple(self.outline.parameters())
 
     def trained(self) -> list[nn.Parameter]:
         """Trained parameters without storage, tied ones once, in `gradient_order`; none without an outline."""
+        return [*self._trained]
+
+    @functools.cached_property
+    def _trained(self) -> tuple[nn.Parameter, ...]:
+        """Looked up once: a planner asks hundreds of times."""
         if self.outline is None:
-            return []
+            return ()
         named = {name: value for name, value in self.outline.named_parameters() if value.requires_grad}
         first = [name for name in self.gradient_order if name in named]
-        return [named[name] for name in dict.fromkeys([*first, *reversed(named)])]
+        return tuple(named[name] for name in dict.fromkeys([*first, *reversed(named)]))
 
     def statistics(self, *, always: bool = False) -> list[Tensor]:
         """Buffers without storage of a model with batch norm, which training changes; of any model if `always`."""
-        parts = [] if self.outline is None else [*self.outline.modules()]
-        if self.outline is None or not (always or any(isinstance(part, _BatchNorm) for part in parts)):
-            return []
-        return list(self.outline.buffers())
+        buffers, normalised = self._buffers
+        return [*buffers] if always or normalised else []
+
+    @functools.cached_property
+    def _buffers(self) -> tuple[tuple[Tensor, ...], bool]:
+        """All of them, and whether there is batch norm."""
+        if self.outline is None:
+            return (), False
+        return tuple(self.outline.buffers()), any(isinstance(part, _BatchNorm) for part in self.outline.modules())
 
 
 def _outline(module: nn.Module, known: dict[int, Any]) -> Any:
@@ -114,12 +144,15 @@ class Collective:
 
 def merged(collectives: Iterable[Collective]) -> tuple[Collective, ...]:
     """Each kind once, in order of first appearance, without those in which nothing travels."""
-    counts: dict[Collective, int] = {}
+    counts: dict[tuple[str, int, int, int, str], int] = {}
     for each in collectives:
         if each.count and each.payload_bytes and each.ranks > 1:
-            alike = replace(each, count=1)
+            alike = (each.kind, each.payload_bytes, each.ranks, each.stride, each.phase)
             counts[alike] = counts.get(alike, 0) + each.count
-    return tuple(replace(alike, count=count) for alike, count in counts.items())
+    return tuple(
+        Collective(kind=kind, payload_bytes=size, count=count, ranks=ranks, stride=stride, phase=phase)
+        for (kind, size, ranks, stride, phase), count in counts.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +168,17 @@ class Footprint:
     collectives: tuple[Collective, ...]
     beside: tuple[int, ...] = ()
     """Of `buffers_bytes`, what there is at each stage of a micro-batch, where that is known: before the blocks, in the
-    first, behind it, in the second and so on, forward and then backward from the last; empty: all of it, always."""
+    first, behind it, in the second and so on, forward and then backward from the last; one number: at each of them;
+    empty: all of it, always. A parameter's gradient that is on its way to where it is kept isn't among it."""
+    gradients_come: bool = False
+    """`gradients_bytes` grow in backward and go with the step, so that activations give way to them; else they are
+    there always, or by the time that activations are most."""
+    stepped_bytes: int = 0
+    """Of `gradients_bytes`, those that this rank's optimizer reads; 0: all of them."""
+    gradients_whole_first: bool = False
+    """Those of a stage are whole while it runs, besides `gradients_bytes` and `beside`."""
+    step_bytes: int = 0
+    """What there is besides when backward is through, or in the optimizer's step, and no activation is left."""
     copied_bytes: int = 0
     """Read and written in a step to put parts together after they were gathered, and apart before they are reduced."""
     host_bytes: int = 0  # how much of all this lies in host memory instead of the device's

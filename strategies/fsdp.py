@@ -29,7 +29,7 @@ from strategies.base import (
 )
 from strategies.blocks import find_blocks, with_own_parameters
 from strategies.errors import ConfigError
-from strategies.world import World
+from strategies.world import Launch, World
 
 if TYPE_CHECKING:  # imported late, since every start reads this file
     from torch.distributed.device_mesh import DeviceMesh
@@ -107,7 +107,14 @@ class FSDPStrategy(TorchStrategy):
         self._world = world
         return world
 
+    def refuse_job(self, backend: Backend, launch: Launch, plan: Plan, model: ModelSpec) -> None:
+        self._groups(launch.size, launch.local_size)
+        if model.outline is not None:
+            _refuse_single_numbers(model.outline)
+
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
+        if model.outline is not None:
+            _refuse_single_numbers(model.outline)
         groups = self._groups(world.size, world.local_size)
         ranks = world.size // groups
         return predicted(
@@ -145,12 +152,7 @@ class FSDPStrategy(TorchStrategy):
         from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
         device = self._connected.device
-        for name, value in model.named_parameters():
-            if value.ndim == 0:
-                raise ConfigError(
-                    f"FSDPStrategy: the parameter {name!r} is a single number, which can't be cut. "
-                    "Make it a vector of one (model), or use strategy=ddp (strategy)."
-                )
+        _refuse_single_numbers(model)
         blocks = find_blocks(model, self.wrap, self.wrap_parameters)
         if plan.activation_checkpointing is not None:
             plan.activation_checkpointing.apply(blocks)
@@ -287,6 +289,15 @@ class FSDPStrategy(TorchStrategy):
                 f"Choose {_divisors(size, whole=True)} (strategy.shard_size)."
             )
         return ranks
+
+
+def _refuse_single_numbers(model: nn.Module) -> None:
+    for name, value in model.named_parameters():
+        if value.ndim == 0:
+            raise ConfigError(
+                f"FSDPStrategy: the parameter {name!r} is a single number, which can't be cut. "
+                "Make it a vector of one (model), or use strategy=ddp (strategy)."
+            )
 
 
 def _divisors(number: int, *, whole: bool = False) -> str:

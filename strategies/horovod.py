@@ -74,6 +74,11 @@ class HorovodStrategy(TorchStrategy):
         self._statistics: list[Tensor] = []  # buffers that training changes
         self._stop: weakref.finalize[[], HorovodStrategy] | None = None
 
+    libraries = ("horovod",)
+
+    def refuse_job(self, backend: Backend, launch: Launch, plan: Plan, model: ModelSpec) -> None:
+        self._refuse_impossible(launch, backend)
+
     def elastic(self) -> HorovodElastic | None:
         if self._elastic is None and self.commit_every is not None and in_elastic_mode():
             self._elastic = HorovodElastic(self.commit_every)
@@ -133,14 +138,17 @@ class HorovodStrategy(TorchStrategy):
         gradients = model.num_trainable * number
         is_cut = self.compression is Compression.fp16
         sent = model.num_trainable * (2 if is_cut else number)
+        key = ("horovod", is_cut, world, number)
+        gradients_sent = model.once(key, lambda: merged(self._gradients(model, world, number)))
         return Footprint(
             weights_bytes=model.num_parameters * number,
             gradients_bytes=gradients,
+            gradients_come=plan.accumulation == 1,
             moments_bytes=int(model.num_trainable * model.slots_per_parameter * number),
             activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
             # Horovod's buffer, in which small gradients travel together; and the fp16 copies of all of them.
             buffers_bytes=(_FUSION_BYTES if world.size > 1 else 0) + (sent if is_cut else 0),
-            collectives=merged([*self._gradients(model, world, number), *statistics(model, plan, world.size)]),
+            collectives=merged([*gradients_sent, *statistics(model, plan, world.size)]),
         )
 
     def _gradients(self, model: ModelSpec, world: WorldSpec, number: int) -> Iterator[Collective]:

@@ -41,7 +41,9 @@ class SingleStrategy(TorchStrategy):
             gradients_bytes=model.num_trainable * number,
             moments_bytes=int(model.num_trainable * model.slots_per_parameter * number),
             activations_bytes=model.activation_bytes_per_sample * plan.micro_batch,
+            gradients_come=plan.accumulation == 1,
             buffers_bytes=model.largest_gradient * number if plan.accumulation > 1 else 0,
+            beside=(0,),
             collectives=(),
         )
 

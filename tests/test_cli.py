@@ -207,7 +207,7 @@ def test_main_without_a_command_is_wrong_and_helps(capsys: pytest.CaptureFixture
         (["launch", "--nproc-per-node", "0"], ["processes=0", "--nproc-per-node"]),
         (["launch", "--max-restarts", "-1"], ["max_restarts=-1", "--max-restarts"]),
         (["launch", "--script", "nowhere.py"], ["nowhere.py", "--script"]),
-        (["plan", "--ranks", "0"], ["--ranks=0"]),
+        (["plan", "--ranks", "0"], ["--ranks", "'0'"]),
         (["plan", "--rank", "2"], ["--rank"]),
         (["plan", "model=own"], ["model=own"]),
         (["plan", "modl=llama_tiny"], ["modl", "Nearest: model"]),

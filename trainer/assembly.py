@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -19,14 +20,21 @@ from trainer.data import Loader, Order, accumulation_of
 from trainer.data.base import Data
 from trainer.job import Job
 from trainer.limits import Limits
+from trainer.metrics.logs import LOGGER
 from trainer.micro_batch import find_micro_batch
 from trainer.place import at_home
+from trainer.planner.beside import Prediction, foresee, forget_tensors_without_storage
+from trainer.planner.calibrate import Calibration
 from trainer.progress import Progress
 from trainer.random_state import derive, seed_all
 from trainer.shortage import told
 
 if TYPE_CHECKING:
     from trainer.trainer import Trainer
+
+
+_LOOKED_AT = 8
+"""Samples from which the size of a micro-batch is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +50,8 @@ class Parts:
     loader: Loader
     spec: ModelSpec
     limits: Limits
+    prediction: Prediction | None = None
+    """What the run will take; on rank 0, where it can be told quickly."""
 
     def describe(self, world: World, end: str) -> str:
         """One line for the person at the terminal."""
@@ -72,7 +82,7 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
     plan = _plan(trainer, job, micro_batch, accumulation_of(trainer.global_batch, micro_batch, job.world.data_size))
     limits = _limits(trainer, job, data)
     job.schedule.factor(0, limits.steps_in_all(Progress())[0])  # refuses now what it would refuse at the first step
-    model, optimizer, spec = _set_up(trainer, job, plan)
+    model, optimizer, spec, prediction = _set_up(trainer, job, plan, data)
     loader = Loader(
         data.train,
         Order(job.seed, list(data.sources) or [(len(data.train), 1.0)]),
@@ -98,6 +108,7 @@ def assemble(trainer: Trainer, job: Job, say: Callable[[str], None]) -> Parts:
         loader=loader,
         spec=spec,
         limits=limits,
+        prediction=prediction,
     )
 
 
@@ -147,7 +158,10 @@ def _plan(trainer: Trainer, job: Job, micro_batch: int, accumulation: int) -> Pl
     )
 
 
-def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimizer, ModelSpec]:
+def _set_up(
+    trainer: Trainer, job: Job, plan: Plan, data: Data | None = None
+) -> tuple[nn.Module, Optimizer, ModelSpec, Prediction | None]:
+    """With a prediction where there is `data` to make it from."""
     seed_all(job.seed)  # the same on every rank: so are the fresh weights
     with job.world.together(), job.strategy.init_context(plan):
         module = trainer.make_model() if job.model is None else job.model.make()
@@ -159,16 +173,51 @@ def _set_up(trainer: Trainer, job: Job, plan: Plan) -> tuple[nn.Module, Optimize
 
     weights = replace(source, fill=fill)
     spec = ModelSpec.of(module, slots_per_parameter=job.optimizer.slots_per_parameter)
+    prediction = None if data is None else _foreseen(trainer, job, plan, data, module, spec)
     with told(lambda: None, spec, plan):
         model, optimizer = job.strategy.setup(module, weights, job.optimizer.make, plan)
     seed_all(derive(job.seed, "rank", job.world.data_rank))
-    return model, optimizer, spec
+    return model, optimizer, spec, prediction
+
+
+def _foreseen(
+    trainer: Trainer, job: Job, plan: Plan, data: Data, module: nn.Module, spec: ModelSpec
+) -> Prediction | None:
+    """Before the strategy changes the model; None: not wanted, not on this rank, or it can't be told."""
+    calibration: Calibration | None = None
+    if trainer.calibration is not None:
+        with job.world.together():
+            calibration = Calibration.read(at_home(trainer.calibration)) if job.world.rank == 0 else None
+    if not trainer.predict or job.world.rank != 0:
+        return None
+    try:
+        own = copy.copy(trainer)  # what a user's methods put there stays apart
+        rows = [data.train[index * len(data.train) // _LOOKED_AT] for index in range(_LOOKED_AT)]
+        batch = own.collate([rows[index % len(rows)] for index in range(plan.micro_batch)], [*range(plan.micro_batch)])
+        return foresee(
+            job.strategy,
+            spec,
+            batch,
+            own.loss,
+            plan,
+            size=job.world.size,
+            local_size=job.world.local_size,
+            device=job.world.device,
+            rates=job.rates,
+            calibration=calibration,
+            held_bytes=sum(value.nbytes for value in module.parameters() if value.device.type != "meta"),
+        )
+    except Exception as error:  # no prediction is worth a run
+        LOGGER.debug("the run isn't predicted: %s", error, exc_info=True)
+    finally:
+        forget_tensors_without_storage()
+    return None
 
 
 def _find_micro_batch(trainer: Trainer, job: Job, data: Data, share: int, say: Callable[[str], None]) -> int:
     """Try sizes on the real model, without updating it."""
     plan = _plan(trainer, job, micro_batch=1, accumulation=2)  # one of two: nothing is exchanged
-    model, optimizer, spec = _set_up(trainer, job, plan)
+    model, optimizer, spec, _ = _set_up(trainer, job, plan)
     samples = data.train
 
     def attempt(size: int) -> None:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from strategies.backends import Backend
 from strategies.base import Strategy
 from strategies.elastic import Elastic, RanksChanged
 from strategies.errors import ConfigError, TrainingError
 from strategies.precision import Numbers, Precision
-from trainer.config import each_of, made, resolved
+from trainer.config import each_of, made, option, resolved
 from trainer.doctor.before import examine_first
 from trainer.first_import import first_import_of
 from trainer.host_memory import keep_freed_memory
 from trainer.job import Job
 from trainer.liveness import Liveness, is_broken_connection
 from trainer.metrics.logs import LOGGER, set_up_logs
+from trainer.planner.auto import Auto, Choice
 from trainer.pulse import PULSE
 from trainer.run_folder import RunFolder, run_name
 from trainer.secrets import learn, redacted
@@ -46,13 +50,16 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
         ConfigError: something in it is wrong; on every rank.
         TrainingError: the run can't go on.
     """
-    plain = resolved(config)
+    config, choices, choice = settled(config, choices)
+    plain = resolved(config) | ({} if choice is None else {"auto": [*choice.words]})
     learn(plain)
     parts = parts_of(config, choices)
     trainer, strategy = cast(Trainer, parts["trainer"]), cast(Strategy, parts["strategy"])
     with _beginning_again(strategy.elastic()), _claimed(parts, plain, choices) as folder:
         _set_numerics(parts["precision"], config.deterministic)
         world = strategy.connect(parts["backend"])
+        if choice is not None:
+            world = replace(world, notes=(*world.notes, *choice.lines))
         if world.device.type == "cpu":
             keep_freed_memory()
         try:
@@ -79,6 +86,7 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
                 cache=Path(config.cache),
                 config=redacted(plain),
                 choices=choices,
+                rates=None if choice is None else choice.rates,
             )
             patience_s = seconds(trainer.hang_timeout, "trainer.hang_timeout")
             watch = Liveness(world, folder.path, folder.number, patience_s)
@@ -90,6 +98,48 @@ def train(config: DictConfig, choices: dict[str, str], after: Callable[[Job], No
                 return outcome
         finally:
             strategy.close()
+
+
+def settled(config: DictConfig, choices: dict[str, str]) -> tuple[DictConfig, dict[str, str], Choice | None]:
+    """The same with a strategy in place of `strategy=auto`, as if that had been given, and what was decided.
+
+    Raises:
+        ConfigError: nothing fits, or the job can't be predicted; on every rank.
+    """
+    if OmegaConf.get_type(config.strategy) is not Auto:
+        return config, choices, None
+    from trainer.choosing import Undecided, chosen
+    from trainer.commands.parts import tokenizer_of
+
+    parts = parts_of(config, choices)
+    trainer, data = parts["trainer"], config.data
+    overridden = (getattr(type(trainer), name) is not getattr(Trainer, name) for name in ("collate", "loss"))
+    choice = chosen(
+        Undecided(
+            auto=parts["strategy"],
+            backend=parts["backend"],
+            strategies=functools.cache(lambda: each_of("strategy")),
+            optimizer=parts["optimizer"],
+            precision=parts["precision"],
+            cluster=parts.get("cluster"),
+            trainer=trainer,
+            model=None if makes_its_own(type(trainer), "model") else parts["model"],
+            data=None if makes_its_own(type(trainer), "data") else parts["data"],
+            tokenizer=lambda: tokenizer_of(data),
+            length=data.get("length"),
+            compiled=config.compile,
+            cache=Path(config.cache),
+            optimizers=lambda: {name: it.slots_per_parameter for name, it in each_of("optimizer").items()},
+            clusters=lambda: each_of("cluster"),
+            own_batches=any(overridden),
+        )
+    )
+    name = choice.words[0].partition("=")[2]
+    config = copy.copy(config)
+    with open_dict(config):
+        config.strategy = option("strategy", name)
+    merged = OmegaConf.merge(config, OmegaConf.from_dotlist(list(choice.words[1:])))
+    return cast(DictConfig, merged), {**choices, "strategy": name}, choice
 
 
 def parts_of(config: DictConfig, choices: dict[str, str]) -> dict[str, Any]:

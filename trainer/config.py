@@ -32,10 +32,13 @@ from trainer.complaints import CONF, OPTIONAL, SEVERAL, explained, options, refu
 from trainer.doctor import Doctor
 from trainer.launch import Launcher
 from trainer.place import Run
+from trainer.planner.auto import Auto
 from trainer.planner.cluster import Cluster
 from trainer.trainer import Trainer
 
 _SEEDS = 1 << 63
+CHOOSERS = {"auto"}
+"""Words that `strategy=` takes for one of the others."""
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
 
@@ -87,6 +90,7 @@ _SCHEMAS: tuple[type, ...] = (
     NeuronBackend,
     SMDDPBackend,
     Precision,
+    Auto,
     Cluster,
     *checkpoint.SCHEMAS,
     *data.SCHEMAS,
@@ -160,8 +164,9 @@ def _where_held_out(value: Any, *, _root_: DictConfig) -> Any:
 
 
 def strategy_names() -> list[str]:
-    """Every word that `strategy=` takes, those of other packages among them."""
-    return sorted({*(path.stem for path in (CONF / "strategy").glob("*.yaml")), *strategies.from_other_packages()})
+    """Every strategy by its word, those of other packages among them."""
+    ours = {path.stem for path in (CONF / "strategy").glob("*.yaml")} - CHOOSERS
+    return sorted({*ours, *strategies.from_other_packages()})
 
 
 def with_config(task: Callable[[DictConfig, dict[str, str]], None]) -> None:
@@ -320,7 +325,13 @@ def each_of(group: str) -> dict[str, Any]:
         for name in options(group):
             with contextlib.suppress(ConfigError, HydraException, OmegaConfBaseException):
                 found[name] = made(hydra.compose(f"{group}/{name}")[group])
-    return found
+    return {name: it for name, it in found.items() if not isinstance(it, Auto)}
+
+
+def option(group: str, name: str) -> DictConfig:
+    """What a choice of a group stands for, with its schema."""
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return cast(DictConfig, hydra.compose(f"{group}/{name}")[group])
 
 
 def restored(cls: type[T], stored: dict[str, Any]) -> T:

@@ -16,6 +16,7 @@ from trainer.hooks.base import Hook
 from trainer.metrics.base import AbstractLogger
 from trainer.models.base import AbstractModel
 from trainer.optim import AbstractOptimizer
+from trainer.planner.work import Rates
 from trainer.profiling.base import AbstractProfiler
 from trainer.schedule import Schedule
 
@@ -47,3 +48,5 @@ class Job:
     """The resolved configuration with secrets redacted; kept with each checkpoint."""
     choices: Mapping[str, str] = field(default_factory=dict)
     """The option chosen in each group."""
+    rates: Rates | None = None
+    """What the run's time is predicted from; None: what the tables know of the device."""

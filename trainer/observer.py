@@ -26,6 +26,7 @@ from trainer.metrics.plots import write_plots
 from trainer.metrics.stragglers import Stragglers, slowest_of
 from trainer.metrics.summary import summary_table, write_summary
 from trainer.metrics.throughput import flops_utilisation, peak_flops, training_flops_per_token
+from trainer.planner.beside import Prediction
 from trainer.profiling.base import AbstractProfiler, Window
 from trainer.profiling.sample import CommunicationSample
 from trainer.progress import Progress
@@ -82,6 +83,7 @@ class Observer:
         self._sample = CommunicationSample(world, self.clock, self.say)
         self._stragglers = Stragglers()
         self._pace: dict[str, float] = {}
+        self._prediction: Prediction | None = None
 
     def say(self, text: str) -> None:
         """A line for the person at the terminal."""
@@ -129,6 +131,11 @@ class Observer:
         plan = parts.plan
         self._global_batch = plan.micro_batch * plan.accumulation * self._world.data_size
         self._peak_flops = peak_flops(self._world.device, parts.plan.precision.numbers)
+        self._prediction = parts.prediction
+        if self._prediction is not None:
+            self.say(self._prediction.describe())
+            with contextlib.suppress(OSError):
+                self._prediction.write(self._folder)
         if self._window is not None:
             self._window.begin(progress.step, total_steps)
         self.clock.lap()
@@ -165,7 +172,10 @@ class Observer:
 
     def log(self, progress: Progress, numbers: Mapping[str, float]) -> dict[str, float]:
         """A step's numbers, with its times and memory added; the same on every rank but for the times."""
-        found = {**numbers, **self.clock.window(), "memory_mib": peak_memory_mib(self._world.device)}
+        window = self.clock.window()
+        if self._prediction is not None:
+            self._prediction.note(window)
+        found = {**numbers, **window, "memory_mib": peak_memory_mib(self._world.device)}
         found |= self._pace
         if progress.tokens == 0 and "step_s" in found:  # what is trained has no tokens
             del found["tokens_per_s"]
@@ -235,6 +245,8 @@ class Observer:
         progress.seconds += self.clock.lap()
         more: dict[str, Any] = {"num_parameters": self._num_parameters, "world_size": self._world.size}
         more |= {"stopped": stopped, "communication_total_s": self.clock.communication_total_s()}
+        if self._prediction is not None:
+            more |= self._prediction.beside(peak)
         if self._world.rank == 0:
             try:
                 summary = write_summary(

@@ -93,6 +93,10 @@ class Trainer:
     """Optimizer steps between logged lines."""
     communication_every: int | None = 1000
     """Optimizer steps between those whose communication is measured on an accelerator; null: none. CPU: every step."""
+    predict: bool = True
+    """Say at the start what memory and time the run is predicted to take, and at the end how far that was off."""
+    calibration: str | None = None
+    """File of `shardwright plan --calibrate`, whose factors these predictions use; null: the published ones."""
     eval_every: int | None = None
     """Optimizer steps between evaluations; null: only at the end."""
     eval_samples: int | None = None

@@ -20,6 +20,7 @@ from trainer.observer import Observer
 from trainer.progress import Progress
 
 PARTS: Any = SimpleNamespace(
+    prediction=None,
     spec=SimpleNamespace(num_parameters=10, num_trainable=10),
     plan=SimpleNamespace(micro_batch=1, accumulation=1, precision=SimpleNamespace(numbers="fp32")),
 )

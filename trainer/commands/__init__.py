@@ -75,7 +75,7 @@ COMMANDS = {
     "launch": Command("trainer.commands.launch", "train with several processes on this machine, or elsewhere"),
     "container": Command("trainer.commands.container", "be the entry point of a SageMaker training job's container"),
     "node": Command("trainer.commands.node", "start a job's processes on this machine, one of several of the job"),
-    "plan": Command("trainer.commands.plan", "predict the memory that a configuration takes on each rank"),
+    "plan": Command("trainer.commands.plan", "predict what a configuration takes and costs, and what would fit"),
     "doctor": Command(
         "trainer.commands.doctor", "look at every host and link of a job, and name what is slow or wrong"
     ),

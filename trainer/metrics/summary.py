@@ -107,7 +107,21 @@ def summary_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     split = sorted(summary["time_split"].items(), key=lambda item: -item[1])
     rows.append(("time went into", ", ".join(f"{name} {part:.1%}" for name, part in split if part >= 0.0005)))
     rows.append(("peak memory", f"{summary['peak_memory_mib']:,.0f} MiB"))
+    if summary.get("predicted"):
+        rows.append(("predicted", _predicted(summary["predicted"], summary.get("prediction_error_percent") or {})))
     return rows
+
+
+def _predicted(values: Mapping[str, float | None], errors: Mapping[str, float]) -> str:
+    words = {
+        "memory_bytes": lambda value: f"{value / 2**20:,.0f} MiB",
+        "step_s": lambda value: f"{value:.3g} s per step",
+    }
+    return ", ".join(
+        words[name](value) + (f" ({errors[name]:+.0f} % of what was measured)" if name in errors else "")
+        for name, value in values.items()
+        if value is not None
+    )
 
 
 def _evaluated(lines: Sequence[Line]) -> list[str]:

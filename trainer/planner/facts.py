@@ -15,7 +15,8 @@ from strategies.errors import ConfigError
 from strategies.precision import Precision
 from trainer.models.base import AbstractModel
 from trainer.planner.kernels import Call, Kind
-from trainer.planner.trace import Stage, Trace, trace
+from trainer.planner.stages import Stage, Trace
+from trainer.planner.trace import trace
 
 _BASE = (2, 3)
 """Samples of the two micro-batches from which larger ones follow: all grows in proportion, and one may be special."""
@@ -48,11 +49,11 @@ class ModelFacts:
         Raises:
             ConfigError: the model can't run without storage.
         """
-        if micro_batch > _BASE[-1]:
-            few, more = (self.trace(size, how) for size in _BASE)
-            return grown(few, more, micro_batch)
         key = (micro_batch, how)
-        if key not in self._traced:
+        if key not in self._traced and micro_batch > _BASE[-1]:
+            few, more = (self.trace(size, how) for size in _BASE)
+            self._traced[key] = grown(few, more, micro_batch)
+        elif key not in self._traced:
             self._traced[key] = trace(
                 self.module,
                 self.batch(micro_batch),
@@ -150,7 +151,14 @@ def grown(few: Trace, more: Trace, micro_batch: int) -> Trace:
 
     def stages(one: Sequence[Stage], other: Sequence[Stage]) -> tuple[Stage, ...]:
         return tuple(
-            Stage(before=number(a.before, b.before), peak=number(a.peak, b.peak), calls=calls(a.calls, b.calls))
+            Stage(
+                before=number(a.before, b.before),
+                peak=number(a.peak, b.peak),
+                calls=calls(a.calls, b.calls),
+                moments=tuple(
+                    (number(less, most), come) for (less, come), (most, _) in zip(a.moments, b.moments, strict=True)
+                ),
+            )
             for a, b in zip(one, other, strict=True)
         )
 

@@ -112,6 +112,9 @@ def _attention(
     return found
 
 
+_ROW_ON_CHIP = 48 << 10
+"""Bytes of a row that a CUDA block keeps in shared memory (torch: aten/src/ATen/native/cuda/SoftMax.cu)."""
+
 _FREE = frozenset(
     {"aten.detach", "aten.empty", "aten.empty_like", "aten.empty_strided", "aten.new_empty", "aten.new_empty_strided"}
     | {"aten._unsafe_view", "aten.lift_fresh", "aten.alias", "aten.resize_", "aten._reshape_alias", "aten.set_"}
@@ -125,6 +128,7 @@ def call_of(function: Any, args: Any, kwargs: Any, result: Any) -> Call | None:
     if function.is_view or name in _FREE or function.namespace == "prim":
         return None
     moved = sum(_bytes(each) for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor))
+    moved += _read_again(name, args)
     if "scaled_dot_product" in name:
         return _attention_call(name, function, args, kwargs, moved)
     flops = _flops(function, args, kwargs, result)
@@ -137,6 +141,15 @@ def _bytes(tensor: Tensor) -> int:
     """Of its numbers; those that an expanded tensor repeats are read from a cache."""
     repeated = math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride == 0)
     return tensor.numel() * tensor.element_size() // max(1, repeated)
+
+
+def _read_again(name: str, args: Any) -> int:
+    """Of a softmax over rows that don't fit on chip: looked through for the maximum, the sum, and the result; in
+    backward for the sum and the result.
+    """
+    if "softmax" not in name or not args or args[0].shape[-1] * args[0].element_size() < _ROW_ON_CHIP:
+        return 0
+    return {"aten._log_softmax": 2, "aten._softmax": 2}.get(name, 1) * _bytes(args[0])
 
 
 def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> float:

@@ -64,8 +64,10 @@ class Layout:
 
 
 def _kind(block: nn.Module) -> Any:
-    """Equal for blocks that compute the same: classes, shapes and plain settings of all their parts."""
-    parts = []
+    """Equal for blocks that compute the same: classes, shapes and plain settings of all their parts, and whether their
+    activations are computed again, which replaces their forward.
+    """
+    parts: list[Any] = ["forward" in vars(block)]
     for name, part in block.named_modules():
         plain = tuple(
             (key, value)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from strategies.base import Footprint
-from trainer.planner.trace import Trace
+from trainer.planner.stages import Trace
 
 FRAGMENTATION = 0.03
-"""Share of what comes and goes in a step that lies between blocks in use."""
+"""Share of what comes and goes in a step that lies between blocks in use, and can't be had."""
+CACHED = 0.1
+"""Of what is in use at most, so much more does torch's allocator hold where there is room, and gives back where there
+isn't. Published pairs of peak use and peak reservation are far apart: +36 % and +20 % (FSDP2, full and selective
+checkpointing: github.com/pytorch/torchtitan pull request 165), about 0 (one device: github.com/meta-pytorch/torchtune
+pull request 961). It is what a tool shows as memory; whether a job fits doesn't hang on it.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +32,7 @@ class Memory:
     logits: int
     """Of activations, those of the head and the loss."""
     margin: int
-    """For fragmentation."""
+    """What the allocator holds besides: fragments, and blocks for later."""
     host: int
     """In host memory instead."""
     nvme: int
@@ -35,47 +43,86 @@ class Memory:
         kept = self.weights + self.gradients + self.moments
         return kept + self.gathered + self.activations + self.logits + self.margin
 
+    @property
+    def everywhere(self) -> int:
+        """On the device, in host memory and on NVMe; without the margin."""
+        return self.total - self.margin + self.host + self.nvme
+
     def parts(self) -> dict[str, int]:
         """Those on the device, in the order in which they are drawn."""
         names = ("weights", "gradients", "moments", "gathered", "activations", "logits", "margin")
         return {name: getattr(self, name) for name in names}
 
 
-def memory(footprint: Footprint, trace: Trace | None) -> Memory:
+def memory(footprint: Footprint, trace: Trace | None, limit: int | None = None) -> Memory:
     """What a step takes at its highest moment.
 
     Args:
         footprint: of the strategy.
         trace: of one micro-batch; None: without activations.
+        limit: bytes that the device has; None: not known.
     """
-    gathered, activations, logits = footprint.buffers_bytes, 0, 0
-    if trace is not None:
-        gathered, activations, logits = _highest(footprint, trace)
     weights, gradients, moments = footprint.weights_bytes, footprint.gradients_bytes, footprint.moments_bytes
     elsewhere = footprint.host_bytes + footprint.nvme_bytes
     moments_off = min(moments, elsewhere)
     weights_off = min(weights, elsewhere - moments_off)
-    gradients_off = min(gradients, elsewhere - moments_off - weights_off)
+    gradients -= min(gradients, elsewhere - moments_off - weights_off)
+    highest = _Moment(gradients, footprint.buffers_bytes)
+    if trace is not None:
+        in_step = _Moment(gradients, footprint.step_bytes)
+        highest = max(_highest(footprint, trace, gradients), in_step, key=lambda moment: moment.total)
+    moving = highest.gathered + highest.activations
+    kept = weights + moments - weights_off - moments_off + highest.gradients
     return Memory(
         weights=weights - weights_off,
-        gradients=gradients - gradients_off,
+        gradients=highest.gradients,
         moments=moments - moments_off,
-        gathered=gathered,
-        activations=activations,
-        logits=logits,
-        margin=int(FRAGMENTATION * (gathered + activations + logits)),
+        gathered=highest.gathered,
+        activations=highest.activations - highest.logits,
+        logits=highest.logits,
+        margin=_margin(kept, moving, limit),
         host=footprint.host_bytes,
         nvme=footprint.nvme_bytes,
     )
 
 
-def _highest(footprint: Footprint, trace: Trace) -> tuple[int, int, int]:
-    """What is gathered, activations, and logits among them, at the stage where they are most together."""
-    stages = [*trace.forward, *reversed(trace.backward)]
-    beside = footprint.beside if len(footprint.beside) == len(stages) else [footprint.buffers_bytes] * len(stages)
-    at = max(range(len(stages)), key=lambda index: beside[index] + stages[index].peak)
-    before_head = trace.forward[-1].before
-    peak = stages[at].peak
-    is_head = at in (len(trace.forward) - 1, len(trace.forward))
-    logits = max(0, peak - before_head) if is_head else 0
-    return beside[at], peak - logits, logits
+@dataclass(frozen=True)
+class _Moment:
+    """What comes and goes in a step, at one moment of it."""
+
+    gradients: int
+    gathered: int
+    activations: int = 0
+    logits: int = 0
+    """Of activations."""
+
+    @property
+    def total(self) -> int:
+        return self.gradients + self.gathered + self.activations
+
+
+def _highest(footprint: Footprint, trace: Trace, gradients: int) -> _Moment:
+    """Of forward and backward; `gradients`: bytes on the device, once all are there."""
+    number, activations, come, fresh = trace.moments
+    num_stages = len(trace.forward) + len(trace.backward)
+    beside = footprint.beside or (footprint.buffers_bytes,)
+    if len(beside) != num_stages:  # cut at other places than where it was traced
+        beside = (max(beside),) * num_stages
+    gathered = np.array(beside, dtype=np.int64)[number]
+    there = np.full_like(come, gradients)
+    if footprint.gradients_come and trace.gradients:
+        reduced = come if footprint.gradients_whole_first else come + fresh
+        there = (reduced * (gradients / trace.gradients)).astype(np.int64)
+    if footprint.gradients_whole_first:
+        gathered = gathered + fresh
+    at = int(np.argmax(activations + there + gathered))
+    is_head = number[at] in (len(trace.forward) - 1, len(trace.forward))
+    most = int(activations[at])
+    logits = max(0, most - trace.forward[-1].before) if is_head else 0
+    return _Moment(int(there[at]), int(gathered[at]), most, logits)
+
+
+def _margin(kept: int, moving: int, limit: int | None) -> int:
+    least, most = int(FRAGMENTATION * moving), int(CACHED * (kept + moving))
+    room = most if limit is None else limit - kept - moving
+    return max(least, min(most, room))

@@ -1,33 +1,41 @@
-"""What was predicted, for people and for programs: tables, `plan.json`, and a picture."""
+"""What was predicted, for programs: everything that a plan found, `plan.json`, and the keys that train as planned."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from strategies.base import Footprint, ModelSpec
 from strategies.errors import ConfigError
+from trainer.planner.agreement import Agreement
 from trainer.planner.cluster import Machines
 from trainer.planner.efficiency import Efficiency
 from trainer.planner.memory import Memory
-from trainer.planner.search import Candidate
+from trainer.planner.search import Candidate, WithoutMachines
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+_NOT_TRAINED = ("cluster", "run.dir")
+"""Keys of a plan that say nothing of the training."""
 
-_GIB = 2**30
-_COST = "USD/10^9 tokens"
-_KEPT = {
-    "none": "all",
-    "selective": "products",
-    "selective/2": "every 2nd product",
-    "full": "inputs of blocks",
-}
-"""Way to keep fewer activations -> what is kept of them."""
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """What is to be trained on, and what is paid besides the steps."""
+
+    tokens: float
+    overhead: float = 0.0
+    """Share of the time that saves and restarts take."""
+    warm_up_h: float = 0.0
+    """Hours that are paid before the first step, at each start."""
+    starts: int = 1
+
+    def days(self, tokens_per_s: float) -> float:
+        """From the first start to the last step, without the time between starts."""
+        return self.tokens / tokens_per_s / 86400 / (1 - self.overhead) + self.starts * self.warm_up_h / 24
 
 
 @dataclass(kw_only=True)
@@ -35,21 +43,28 @@ class Report:
     """Everything that a plan found."""
 
     spec: ModelSpec
-    tokens: float | None = None
-    """To train on."""
-    overhead: float = 0.0
-    """Share of the time that saves and restarts take."""
+    keys: Sequence[str] = ()
+    """As they were given."""
+    tokens_per_sample: int = 0
+    numbers: str = "fp32"
+    """What is computed in."""
+    budget: Budget | None = None
     ranks: int = 1
     """Without machines."""
     machines: Machines | None = None
     factors: Efficiency | None = None
     found: dict[int, list[Candidate]] = field(default_factory=dict)
     """Number of nodes -> candidates, best first."""
-    memory_only: dict[str, tuple[Footprint, Memory]] = field(default_factory=dict)
+    memory_only: dict[str, WithoutMachines] = field(default_factory=dict)
+    """Without machines: strategy -> what it takes, the least first."""
     refused: dict[int, dict[str, str]] = field(default_factory=dict)
     """Number of nodes -> what can't run on so many ranks -> why; without machines 0."""
+    impossible: dict[str, str] = field(default_factory=dict)
+    """What can't do the job on any number of ranks -> why."""
     sensitivity: dict[str, float] = field(default_factory=dict)
     advice: list[str] = field(default_factory=list)
+    agreement: Agreement | None = None
+    """Of the predicted collectives with those of a simulated step, if that was asked for."""
 
     @property
     def best(self) -> Candidate | None:
@@ -57,11 +72,17 @@ class Report:
         fitting = (each[0] for _, each in sorted(self.found.items()) if each and each[0].fits)
         return next(fitting, None)
 
+    @property
+    def nodes(self) -> int:
+        """The number of them whose candidates are shown: those of the best, or the most where nothing fits."""
+        best = self.best
+        return max(self.found) if best is None else best.machines.nodes
+
     def days(self, candidate: Candidate) -> float | None:
         """For all tokens; None: they or the speed aren't known."""
-        if self.tokens is None or candidate.speed is None:
+        if self.budget is None or candidate.speed is None:
             return None
-        return self.tokens / candidate.speed.tokens_per_s / 86400 / (1 - self.overhead)
+        return self.budget.days(candidate.speed.tokens_per_s)
 
     def usd(self, candidate: Candidate) -> float | None:
         """For all tokens; None: the price isn't known either."""
@@ -69,47 +90,10 @@ class Report:
         return None if days is None or price is None else days * 24 * price * candidate.machines.nodes
 
 
-def show(report: Report, *, top: int) -> None:
-    """Print it."""
-    from rich.console import Console
-
-    console = Console()
-    if report.machines is None:
-        console.print(_memory_table(report))
-        return
-    best = report.best
-    shown = best.machines.nodes if best is not None else min(report.found)
-    for line in _lines_before(report, shown):
-        console.print(line, highlight=False)
-    console.print(_table(report, report.found[shown][:top]))
-    if (left := len(report.found[shown]) - top) > 0:
-        console.print(f"{left} more: --top {len(report.found[shown])}")
-    for name, why in report.refused.get(shown, {}).items():
-        console.print(f"left out: {name}: {why}", highlight=False, style="dim")
-    if len(report.found) > 1:
-        console.print(_scaling_table(report))
-    if report.sensitivity:
-        console.print(_sensitivity_table(report))
-    _say_best(console, report)
-
-
-def _say_best(console: Console, report: Report) -> None:
-    best = report.best
-    if best is None:
-        console.print("nothing fits; what would change that, the cheapest first:" if report.advice else "nothing fits")
-        for line in report.advice:
-            console.print(f"  {line}", highlight=False)
-        return
-    console.print(f"best: {words_of(best)}", highlight=False)
-    assert report.machines is not None
-    if best.machines.price_per_h is not None:
-        console.print(f"price: {best.machines.price_note}; machines alone", highlight=False, style="dim")
-    if report.tokens is not None and (days := report.days(best)) is not None:
-        usd = report.usd(best)
-        money = "" if usd is None else f", {usd:,.0f} USD"
-        console.print(
-            f"{report.tokens:.3g} tokens: {days:,.1f} days{money} on {best.machines.nodes} x {best.machines.name}"
-        )
+def in_turn(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+    """Each strategy with its best settings, and then the other settings; both as they came, best first."""
+    first = {id(each) for each in {it.name: it for it in reversed(candidates)}.values()}
+    return [it for it in candidates if id(it) in first], [it for it in candidates if id(it) not in first]
 
 
 def words_of(candidate: Candidate) -> str:
@@ -125,184 +109,111 @@ def words_of(candidate: Candidate) -> str:
     return " ".join(words)
 
 
-def _lines_before(report: Report, nodes: int) -> Iterator[str]:
-    machines, factors = report.machines, report.factors
-    assert machines is not None
-    assert factors is not None
-    if machines.note:
-        yield machines.note
-    where = f"{nodes} x {machines.name}" if nodes > 1 else machines.name
-    yield (
-        f"{report.spec.num_parameters:,} parameters on {where}: {machines.devices * nodes} x {machines.device}, "
-        f"{machines.memory_bytes / _GIB:.1f} GiB each"
-    )
-    missing = [
-        key for key, value in (
-            ("cluster.memory_gb_per_s", machines.memory_bytes_per_s),
-            ("cluster.link_gb_per_s", machines.link_bytes_per_s if machines.devices > 1 else 1),
-            ("cluster.network_gbps", machines.network_bytes_per_s if nodes > 1 else 1),
-        ) if value is None
+def training_words(keys: Sequence[str], candidate: Candidate) -> list[str]:
+    """All keys that `shardwright train` needs to do as a candidate does.
+
+    Args:
+        keys: those of the plan.
+        candidate: of it.
+    """
+    chosen = words_of(candidate).split()
+    decided = {word.partition("=")[0] for word in chosen}
+    names = [key.partition("=")[0].lstrip("+~") for key in keys]
+    kept = [
+        key for key, name in zip(keys, names, strict=True)
+        if name not in decided and not name.startswith("cluster.") and name not in _NOT_TRAINED
     ]  # fmt: skip
-    if missing:
-        yield f"no speed can be predicted without {' and '.join(missing)}"
-    for note in factors.notes:
-        yield f"note: {note}"
+    return [*kept, *chosen]
 
 
-def _table(report: Report, candidates: list[Candidate]) -> Table:
-    from rich.table import Table
+def refuse_unwritable(folder: Path) -> None:
+    """Before anything is computed that would be written there; nothing is made yet.
 
-    table = Table(title_justify="left")
-    columns = (
-        "strategy",
-        "activations kept",
-        "batch",
-        "GiB",
-        "step (s)",
-        "waits (s)",
-        "tokens/s",
-        "MFU",
-        "USD/10^9 tokens",
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < 2 else "right", no_wrap=number < 2)
-    for it in candidates:
-        plan, speed, usd = it.plan, it.speed, it.usd_per_billion_tokens
-        rates = ["-"] * 4
-        if speed is not None:
-            rates = [f"{speed.step_s:,.3g}", f"{speed.exposed_s:,.2g}", f"{speed.tokens_per_s:,.0f}"]
-            rates.append(f"{speed.utilisation:.1%}")
-        table.add_row(
-            it.strategy,
-            _KEPT.get(it.checkpointing, it.checkpointing),
-            f"{plan.micro_batch} x {plan.accumulation}" if plan.accumulation > 1 else str(plan.micro_batch),
-            f"{it.memory.total / _GIB:,.1f}" + ("" if it.fits else " doesn't fit"),
-            *rates,
-            "-" if usd is None else f"{usd:,.0f}",
-            style=None if it.fits else "dim",
-        )
-    return table
-
-
-def _scaling_table(report: Report) -> Table:
-    from rich.table import Table
-
-    table = Table(title="over the number of nodes, each with its best", title_justify="left")
-    columns = (
-        "nodes",
-        "devices",
-        "strategy",
-        "batch",
-        "tokens/s",
-        "per device",
-        "MFU",
-        "USD/10^9 tokens",
-        "days",
-        "USD",
-    )
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 2 else "right", no_wrap=True)
-    for nodes, candidates in sorted(report.found.items()):
-        best = candidates[0] if candidates else None
-        if best is None or not best.fits or best.speed is None:
-            table.add_row(
-                str(nodes), "", "nothing fits" if best is None or not best.fits else best.strategy, style="dim"
-            )
-            continue
-        usd, days, money = best.usd_per_billion_tokens, report.days(best), report.usd(best)
-        speed = best.speed
-        table.add_row(
-            str(nodes), str(best.machines.size), best.strategy, str(best.plan.micro_batch * best.plan.accumulation),
-            f"{speed.tokens_per_s:,.0f}", f"{speed.tokens_per_s / best.machines.size:,.0f}", f"{speed.utilisation:.1%}",
-            *("-" if value is None else f"{value:,.{digits}f}" for value, digits in ((usd, 0), (days, 1), (money, 0))),
-        )  # fmt: skip
-    return table
-
-
-def _sensitivity_table(report: Report) -> Table:
-    from rich.table import Table
-
-    factors = report.factors
-    assert factors is not None
-    table = Table(title="tokens/s of the best, if a factor is a tenth lower", title_justify="left")
-    for column in ("factor", "value", "tokens/s"):
-        table.add_column(column, justify="left" if column == "factor" else "right")
-    for name, change in sorted(report.sensitivity.items(), key=lambda entry: -abs(entry[1])):
-        table.add_row(name, f"{getattr(factors, name):.3g}", f"{change:+.1%}")
-    return table
-
-
-def _memory_table(report: Report) -> Table:
-    from rich.table import Table
-
-    ranks = report.ranks
-    table = Table(
-        title=f"{report.spec.num_parameters:,} parameters on {ranks} {'rank' if ranks == 1 else 'ranks'}: "
-        "predicted MiB per rank",
-        title_justify="left",
-    )
-    parts = ("weights", "gradients", "moments", "gathered", "activations", "all")
-    for column in ("strategy", *parts, "sent per step"):
-        table.add_column(column, justify="left" if column == "strategy" else "right", no_wrap=column == "strategy")
-    for name, (footprint, taken) in report.memory_only.items():
-        sent = sum(each.payload_bytes * each.count for each in footprint.collectives)
-        kept = (footprint.weights_bytes, footprint.gradients_bytes, footprint.moments_bytes)
-        whole = sum(kept) + taken.gathered + taken.activations + taken.logits
-        amounts = (*kept, taken.gathered, taken.activations + taken.logits, whole, sent)
-        table.add_row(name, *(f"{amount / 2**20:,.1f}" for amount in amounts))
-    return table
+    Raises:
+        ConfigError: it can't be written.
+    """
+    there = next(each for each in (folder, *folder.parents) if each.exists() or each == each.parent)
+    with _writing(folder):
+        if not there.is_dir():
+            raise NotADirectoryError(20, f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(13, "Permission denied")
 
 
 def write(report: Report, folder: Path) -> None:
-    """`plan.json`, and `plan.png` where there are machines.
+    """`plan.json` and `plan.png`.
 
     Raises:
         ConfigError: the folder can't be written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(json.dumps(to_json(report), indent=1) + "\n")
-        if report.found:
-            from trainer.planner.picture import draw
+    from trainer.planner.picture import draw
 
-            draw(report, folder / "plan.png")
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".plan.json.new"
+        unfinished.write_text(json.dumps(to_json(report), indent=1) + "\n")
+        unfinished.replace(folder / "plan.json")
+        draw(report, folder / "plan.png")
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ConfigError(f"plan: {folder} can't be written: {error.strerror}. Choose another (run.dir).") from error
 
 
 def to_json(report: Report) -> dict[str, Any]:
     """Plain values: bytes, seconds and USD."""
-    said: dict[str, Any] = {"num_parameters": report.spec.num_parameters, "refused": dict(report.refused)}
+    said: dict[str, Any] = {
+        "num_parameters": report.spec.num_parameters,
+        "keys": list(report.keys),
+        "precision": report.numbers,
+        "tokens_per_sample": report.tokens_per_sample,
+        "refused": dict(report.refused),
+    }
     if report.machines is None:
         rows = [
-            {"strategy": name, "bytes_per_rank": _bytes_per_rank(footprint, taken)}
-            for name, (footprint, taken) in report.memory_only.items()
-        ]
-        return {**said, "ranks": report.ranks, "candidates": rows}
+            {"strategy": name, "bytes_per_rank": bytes_of(each.footprint, each.memory), "host_bytes": each.memory.host,
+             "nvme_bytes": each.memory.nvme, "sent_bytes": each.sent_bytes}
+            for name, each in report.memory_only.items()
+        ]  # fmt: skip
+        return {**said, "ranks": report.ranks, "candidates": rows, "simulation": _simulation(report)}
     best = report.best
     return {
         **said,
         "cluster": asdict(report.machines) | {"sources": dict(report.machines.sources)},
         "factors": {name: getattr(report.factors, name) for name in report.factors.factors()} if report.factors else {},
         "notes": list(report.factors.notes) if report.factors else [],
-        "tokens": report.tokens,
+        "budget": None if report.budget is None else asdict(report.budget),
         "best": None if best is None else _row(report, best),
         "candidates": [_row(report, each) for found in report.found.values() for each in found],
         "sensitivity": report.sensitivity,
         "advice": report.advice,
+        "simulation": _simulation(report),
     }
 
 
-def _bytes_per_rank(footprint: Footprint, taken: Memory) -> dict[str, int]:
-    return {
+def _simulation(report: Report) -> dict[str, Any] | None:
+    it = report.agreement
+    if it is None:
+        return None
+    return {"strategy": it.strategy, "ranks": it.world.size, "micro_batches": it.micro_batches, "holds": it.holds,
+            "predicted": [asdict(each) for each in it.predicted], "simulated": [asdict(each) for each in it.simulated],
+            }  # fmt: skip
+
+
+def bytes_of(footprint: Footprint, taken: Memory) -> dict[str, int]:
+    """Of a rank: weights, gradients and moments, all of them and wherever they lie; and what its device holds at the
+    highest moment of a step, of the other kinds and in all.
+    """
+    states = {
         "weights": footprint.weights_bytes,
         "gradients": footprint.gradients_bytes,
         "moments": footprint.moments_bytes,
-        "buffers": taken.gathered,
-        "activations": taken.activations + taken.logits,
-        "total": footprint.weights_bytes + footprint.gradients_bytes + footprint.moments_bytes + taken.gathered
-        + taken.activations + taken.logits,
-    }  # fmt: skip
+    }
+    return {**taken.parts(), **states, "total": taken.total}
 
 
 def _row(report: Report, it: Candidate) -> dict[str, Any]:
@@ -315,20 +226,24 @@ def _row(report: Report, it: Candidate) -> dict[str, Any]:
             "tokens_per_s_per_device": it.speed.tokens_per_s / it.machines.size,
             "tflops_per_s_per_device": it.speed.flops_per_s / 1e12, "mfu": it.speed.utilisation,
         }  # fmt: skip
+    price = it.machines.price_per_h
+    cut = [each.ranks for each in it.footprint.collectives if each.kind in ("all_gather", "reduce_scatter")]
     return {
         "keys": words_of(it),
         "strategy": it.strategy,
         "nodes": it.machines.nodes,
         "devices": it.machines.size,
+        "mesh": {"replicate": it.machines.size // max(cut, default=1), "shard": max(cut, default=1)},
         "micro_batch": it.plan.micro_batch,
         "accumulation": it.plan.accumulation,
         "activation_checkpointing": it.checkpointing,
         "fits": it.fits,
         "why_not": it.why_not,
-        "bytes_per_device": {**it.memory.parts(), "total": it.memory.total},
+        "bytes_per_rank": bytes_of(it.footprint, it.memory),
         "host_bytes": it.memory.host,
         "nvme_bytes": it.memory.nvme,
         "speed": speed or None,
+        "usd_per_h": None if price is None else price * it.machines.nodes,
         "usd_per_billion_tokens": it.usd_per_billion_tokens,
         "days": report.days(it),
         "usd": report.usd(it),

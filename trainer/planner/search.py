@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from strategies.activations import ActivationCheckpointing
+from strategies.activations import COSTLY_OPERATORS, ActivationCheckpointing
 from strategies.base import Footprint, Plan, Strategy, WorldSpec
 from strategies.errors import ConfigError
 from trainer.planner.cluster import Machines
@@ -13,6 +15,17 @@ from trainer.planner.efficiency import Efficiency
 from trainer.planner.facts import ModelFacts
 from trainer.planner.memory import Memory, memory
 from trainer.planner.speed import Compute, Speed, compute, speed
+from trainer.planner.stages import Trace
+
+WAYS: Mapping[str, ActivationCheckpointing | None] = {
+    "none": None,
+    "selective": ActivationCheckpointing(keep=COSTLY_OPERATORS),
+    "selective/2": ActivationCheckpointing(keep=COSTLY_OPERATORS, products_every=2),
+    "full": ActivationCheckpointing(),
+}
+"""Ways to keep activations, the most first."""
+_AS_FAST = 0.01
+"""Part of the speed that makes no difference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +45,8 @@ class Wanted:
     compiled: bool = False
     cast: bool = False
     """As programs run that cast weights for a step (`Plan.cast_weights`)."""
+    footprints: dict[tuple[str, int, int, int, str], Footprint] = field(default_factory=dict, compare=False, repr=False)
+    """What is known of strategies by now: the same on all machines that have as many devices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +55,8 @@ class Candidate:
 
     strategy: str
     """The words that choose it."""
+    spread: Strategy
+    """With the settings that they choose."""
     checkpointing: str
     plan: Plan
     machines: Machines
@@ -58,53 +75,110 @@ class Candidate:
         return 1e9 / self.speed.tokens_per_s / 3600 * self.machines.price_per_h * self.machines.nodes
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
-        """Smaller is better: what fits, then what is fast, then what takes less; of what doesn't, what takes less."""
+    def name(self) -> str:
+        """The strategy's, without its settings."""
+        return self.strategy.partition(" ")[0]
+
+    @property
+    def world(self) -> WorldSpec:
+        """Its ranks."""
+        return WorldSpec(size=self.machines.size, local_size=self.machines.devices)
+
+    @property
+    def rank(self) -> tuple[bool, float, int, int]:
+        """Smaller is better: what fits, then what is fast, then what takes less, then what needs fewer libraries; of
+        what doesn't fit, what takes less.
+        """
         fast = self.speed.tokens_per_s if self.speed is not None and self.fits else 0.0
-        return (not self.fits, -fast, self.memory.total)
+        return (not self.fits, -fast, self.memory.total, len(self.spread.libraries))
 
 
-def search(wanted: Wanted, machines: Machines, factors: Efficiency) -> tuple[list[Candidate], dict[str, str]]:
+def search(
+    wanted: Wanted, machines: Machines, factors: Efficiency, say: Callable[[str], None] = lambda doing: None
+) -> tuple[list[Candidate], dict[str, str]]:
     """The best candidate of each strategy and variant of it on all of `machines`.
 
+    Args:
+        wanted: the job.
+        machines: all of them take part.
+        factors: of their devices.
+        say: hears what is being looked at.
+
     Returns:
-        The candidates, best first; and for each strategy that can't run on so many ranks, why.
+        The candidates, best first: of those within 1 % of the fastest the one that needs the fewest libraries. And for
+        each strategy that can't run on so many ranks, why.
     """
     world = WorldSpec(size=machines.size, local_size=machines.devices)
     found, refused = list[Candidate](), dict[str, str]()
-    computed: dict[tuple[int, str], Compute | None] = {}
+    micro_batches = _MicroBatches(wanted, machines, factors)
     for name, chosen in wanted.strategies.items():
         for setting, strategy in chosen.variants(world):
             words = f"{name} {setting}".strip()
+            say(f"{machines.nodes} x {machines.name}: {words}")
             try:
-                each = [*_of(wanted, words, strategy, machines, factors, world, computed)]
+                each = [*_of(micro_batches, words, strategy, world)]
             except ConfigError as error:
                 refused[words] = str(error)
                 continue
             if each:
                 found.append(min(each, key=lambda candidate: candidate.rank))
-    return sorted(found, key=lambda candidate: candidate.rank), refused
+    found.sort(key=lambda candidate: candidate.rank)
+    if found and found[0].fits:
+        first = _preferred(found)
+        found = [first, *(each for each in found if each is not first)]
+    return found, refused
 
 
-def _of(
-    wanted: Wanted,
-    words: str,
-    strategy: Strategy,
-    machines: Machines,
-    factors: Efficiency,
-    world: WorldSpec,
-    computed: dict[tuple[int, str], Compute | None],
-) -> Iterator[Candidate]:
+def _preferred(found: Sequence[Candidate]) -> Candidate:
+    """Of those that are as fast as the first, for all that predictions can tell: what needs the fewest libraries."""
+    fastest = found[0].speed.tokens_per_s if found[0].speed is not None else 0.0
+    as_fast = [
+        each
+        for each in found
+        if each.fits and each.speed is not None and each.speed.tokens_per_s >= (1 - _AS_FAST) * fastest
+    ]
+    return min(as_fast or found[:1], key=lambda each: len(each.spread.libraries))
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    """Of one size, with one way to keep fewer activations; the same under every strategy."""
+
+    trace: Trace
+    compute: Compute | None
+    model_flops: float
+
+
+class _MicroBatches:
+    """All that a search has looked at on one kind of machine."""
+
+    def __init__(self, wanted: Wanted, machines: Machines, factors: Efficiency) -> None:
+        self.wanted, self.machines, self.factors = wanted, machines, factors
+        self._known: dict[tuple[int, str], _MicroBatch] = {}
+
+    def of(self, samples: int, way: str, how: ActivationCheckpointing | None) -> _MicroBatch:
+        """One of so many samples."""
+        if (samples, way) not in self._known:
+            facts = self.wanted.facts
+            trace = facts.trace(samples, how)
+            self._known[samples, way] = _MicroBatch(
+                trace=trace,
+                compute=compute(trace, self.machines, self.factors, compiled=self.wanted.compiled),
+                model_flops=trace.flops if how is None else facts.model_flops(samples),
+            )
+        return self._known[samples, way]
+
+
+def _of(micro_batches: _MicroBatches, words: str, strategy: Strategy, world: WorldSpec) -> Iterator[Candidate]:
+    wanted = micro_batches.wanted
     for way, how in wanted.checkpointing.items():
-        for micro_batch, accumulation in _micro_batches(wanted, world.size):
-            if (micro_batch, way) not in computed:
-                trace = wanted.facts.trace(micro_batch, how)
-                computed[micro_batch, way] = compute(trace, machines, factors, compiled=wanted.compiled)
-            plan = _plan(wanted, micro_batch, accumulation, how)
-            footprint = strategy.footprint(wanted.facts.spec, world, plan)
-            candidate = _candidate(
-                wanted, words, way, footprint, plan, machines, factors, computed[micro_batch, way]
-            )  # fmt: skip
+        for samples, accumulation in _micro_batches(wanted, world.size):
+            plan = _plan(wanted, samples, accumulation, how)
+            # Samples change nothing of it: activations are the trace's to say.
+            key = (words, world.size, world.local_size, accumulation, way)
+            if key not in wanted.footprints:
+                wanted.footprints[key] = strategy.footprint(wanted.facts.spec, world, plan)
+            candidate = _candidate(micro_batches, words, strategy, way, wanted.footprints[key], plan)
             yield candidate
             if not candidate.fits:
                 break  # more samples take more
@@ -123,25 +197,23 @@ def _plan(wanted: Wanted, micro_batch: int, accumulation: int, how: ActivationCh
 
 
 def _candidate(
-    wanted: Wanted,
+    micro_batches: _MicroBatches,
     words: str,
+    strategy: Strategy,
     way: str,
     footprint: Footprint,
     plan: Plan,
-    machines: Machines,
-    factors: Efficiency,
-    micro_batch: Compute | None,
 ) -> Candidate:
-    facts = wanted.facts
-    trace = facts.trace(plan.micro_batch, plan.activation_checkpointing)
-    taken = memory(footprint, trace)
+    machines = micro_batches.machines
+    one = micro_batches.of(plan.micro_batch, way, plan.activation_checkpointing)
+    taken = memory(footprint, one.trace, machines.memory_bytes)
     why_not = _why_not(taken, machines)
     taken_s = None
-    if micro_batch is not None:
-        flops = facts.model_flops(plan.micro_batch)
-        taken_s = speed(micro_batch, footprint, plan, machines, factors, model_flops=flops)
+    if one.compute is not None:
+        taken_s = speed(one.compute, footprint, plan, machines, micro_batches.factors, model_flops=one.model_flops)
     return Candidate(
         strategy=words,
+        spread=strategy,
         checkpointing=way,
         plan=plan,
         machines=machines,
@@ -189,31 +261,82 @@ def _micro_batches(wanted: Wanted, size: int) -> Iterator[tuple[int, int]]:
             )
         yield wanted.micro_batch, share // wanted.micro_batch
         return
-    yield from ((each, share // each) for each in range(1, share + 1) if share % each == 0)
+    yield from ((each, share // each) for each in _divisors(share))
+
+
+def refuse_uneven(wanted: Wanted, size: int) -> None:
+    """Before anything is computed.
+
+    Raises:
+        ConfigError: so many ranks can't have equal shares of the samples of a step.
+    """
+    next(_micro_batches(wanted, size))
+
+
+@functools.cache
+def _divisors(number: int) -> list[int]:
+    small = [each for each in range(1, math.isqrt(number) + 1) if number % each == 0]
+    return sorted({*small, *(number // each for each in small)})
+
+
+def impossible(wanted: Wanted, refused: Mapping[str, str]) -> dict[str, str]:
+    """Of strategies that were refused, those that can't do the job on one rank either, and why."""
+    alone, found = WorldSpec(size=1, local_size=1), dict[str, str]()
+    [(_, how), *_] = wanted.checkpointing.items()
+    for name, why in refused.items():
+        try:
+            wanted.strategies[name.partition(" ")[0]].footprint(wanted.facts.spec, alone, _plan(wanted, 1, 1, how))
+        except ConfigError:
+            found[name] = why
+    return found
 
 
 def again(wanted: Wanted, candidate: Candidate, factors: Efficiency) -> Candidate:
     """The same way with other factors."""
-    trace = wanted.facts.trace(candidate.plan.micro_batch, candidate.plan.activation_checkpointing)
-    micro_batch = compute(trace, candidate.machines, factors, compiled=wanted.compiled)
-    return _candidate(
-        wanted, candidate.strategy, candidate.checkpointing, candidate.footprint, candidate.plan, candidate.machines,
-        factors, micro_batch,
-    )  # fmt: skip
+    it = candidate
+    micro_batches = _MicroBatches(wanted, it.machines, factors)
+    return _candidate(micro_batches, it.strategy, it.spread, it.checkpointing, it.footprint, it.plan)
 
 
-def without_machines(wanted: Wanted, ranks: int) -> tuple[dict[str, tuple[Footprint, Memory]], dict[str, str]]:
-    """What each strategy takes on one of so many ranks of one machine; and of those that can't run so, why."""
+@dataclass(frozen=True, kw_only=True)
+class WithoutMachines:
+    """What a strategy takes on one of so many ranks, wherever they are."""
+
+    strategy: str
+    spread: Strategy
+    plan: Plan
+    world: WorldSpec
+    footprint: Footprint
+    memory: Memory
+
+    @property
+    def name(self) -> str:
+        """The strategy's."""
+        return self.strategy
+
+    @property
+    def sent_bytes(self) -> int:
+        """Whole tensors of all collectives of a step."""
+        return sum(each.payload_bytes * each.count for each in self.footprint.collectives)
+
+
+def without_machines(wanted: Wanted, ranks: int) -> tuple[dict[str, WithoutMachines], dict[str, str]]:
+    """What each strategy takes on one of so many ranks of one machine, the least first; and of others, why they can't
+    run so.
+    """
     world = WorldSpec(size=ranks, local_size=ranks)
     [(_, how), *_] = wanted.checkpointing.items()
-    found, refused = dict[str, tuple[Footprint, Memory]](), dict[str, str]()
+    found, refused = dict[str, WithoutMachines](), dict[str, str]()
+    micro_batch, accumulation = next(iter(_micro_batches(wanted, ranks)))
+    plan = _plan(wanted, micro_batch, accumulation, how)
     for name, strategy in wanted.strategies.items():
         try:
-            micro_batch, accumulation = next(iter(_micro_batches(wanted, ranks)))
-            plan = _plan(wanted, micro_batch, accumulation, how)
             footprint = strategy.footprint(wanted.facts.spec, world, plan)
         except ConfigError as error:
             refused[name] = str(error)
             continue
-        found[name] = (footprint, memory(footprint, wanted.facts.trace(micro_batch, how)))
-    return found, refused
+        taken = memory(footprint, wanted.facts.trace(micro_batch, how))
+        found[name] = WithoutMachines(
+            strategy=name, spread=strategy, plan=plan, world=world, footprint=footprint, memory=taken
+        )
+    return dict(sorted(found.items(), key=lambda entry: entry[1].memory.total)), refused

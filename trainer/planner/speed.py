@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,12 +10,15 @@ from strategies.base import Collective, Footprint, Plan
 from trainer.planner.cluster import Machines
 from trainer.planner.efficiency import Efficiency
 from trainer.planner.kernels import Call, Kind
-from trainer.planner.trace import Stage, Trace
+from trainer.planner.stages import Stage, Trace
 
 _PASSES = {"all_gather": 1.0, "reduce_scatter": 1.0, "broadcast": 1.0, "all_reduce": 2.0}
 """How often each byte of a payload goes round the ring, times (ranks - 1) / ranks."""
 _LARGE = 1 << 25
 """Bytes from which a ring is what NCCL takes between nodes: the smallest of the all-gathers that factors come from."""
+_NEAR_STEP_S, _FAR_STEP_S = 3.4e-6, 14e-6
+"""From one rank of a ring to the next, over NVLink and over a network other than EFA, which was measured
+(`inter_step_s`). Source: NCCL's own model (src/graph/tuning.cc: hwLat, ring, Simple)."""
 _CLIP_PASSES = 3
 """Gradients are read for the norm, and scaled: read and written."""
 
@@ -209,8 +213,16 @@ def collective_s(collective: Collective, machines: Machines, factors: Efficiency
         slowest = max(slowest, around / (machines.link_bytes_per_s * factors.intra_collective))
     waiting = factors.inter_latency_s
     if collective.payload_bytes >= _LARGE:
-        waiting = max(waiting, factors.inter_step_s * (collective.ranks - 1))
+        waiting = max(waiting, _around_s(collective, machines, factors))
     return collective.count * (slowest + waiting)
+
+
+def _around_s(collective: Collective, machines: Machines, factors: Efficiency) -> float:
+    """Seconds of a step from rank to rank through the whole ring, whatever travels."""
+    if machines.efa:
+        return factors.inter_step_s * (collective.ranks - 1)
+    far = math.ceil(collective.ranks * collective.stride / machines.devices)
+    return far * _FAR_STEP_S + max(0, collective.ranks - 1 - far) * _NEAR_STEP_S
 
 
 def _optimizer_s(footprint: Footprint, plan: Plan, machines: Machines, factors: Efficiency) -> float | None:
@@ -219,11 +231,12 @@ def _optimizer_s(footprint: Footprint, plan: Plan, machines: Machines, factors: 
     if footprint.nvme_bytes:
         return None  # no table says how fast a node's disks are
     clipped = _CLIP_PASSES if plan.clip_norm is not None else 1
-    updated = 2 * footprint.moments_bytes + 3 * footprint.gradients_bytes  # weights are as many as gradients
-    passed = updated + clipped * footprint.gradients_bytes
+    gradients = footprint.stepped_bytes or footprint.gradients_bytes
+    updated = 2 * footprint.moments_bytes + 3 * gradients  # weights are as many as gradients
+    passed = updated + clipped * gradients
     seconds = passed / (machines.memory_bytes_per_s * factors.memory)
     if footprint.host_bytes:
         if machines.host_link_bytes_per_s is None:
             return None
-        seconds += 2 * footprint.gradients_bytes / machines.host_link_bytes_per_s  # gradients there, weights back
+        seconds += 2 * gradients / machines.host_link_bytes_per_s  # gradients there, weights back
     return seconds

@@ -31,6 +31,8 @@ _LINK_LIMIT_S = 60.0
 _WIDTH = {"cuda": 8192, "cpu": 512}
 _COPIED = {"cuda": 1 << 30, "cpu": 1 << 27}
 """Bytes: far more than caches hold."""
+_QUICK_S = 0.1
+_QUICK_COPIED = {"cuda": 1 << 28, "cpu": 1 << 25}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,18 @@ def measured(numbers: Numbers, devices: int | None) -> Measured:
     }
     line = f"{found.line}; {free / 2**30:,.1f} GiB of host memory and {disk / 1e9:,.0f} GB of disk are free"
     return Measured(device=found.device, facts=facts, line=line)
+
+
+def own_rates(device: torch.device, numbers: Numbers) -> tuple[float, float]:
+    """FLOP/s of matrix products in `numbers`, and bytes per second of a copy, of this process with its threads.
+
+    Quick, and small: it may be about to train.
+    """
+    found = _flops(device, numbers, _QUICK_S), _copy_rate(device, _QUICK_COPIED[device.type], _QUICK_S)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return found
 
 
 def _gpus(numbers: Numbers, devices: int | None) -> Measured:
@@ -138,7 +152,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _flops(device: torch.device, numbers: Numbers) -> float:
+def _flops(device: torch.device, numbers: Numbers, each_s: float | None = None) -> float:
     """FLOP/s of matrix products; the best turn, so that a hiccup doesn't count."""
     width = _WIDTH[device.type]
     precision = Precision(numbers=numbers)
@@ -147,16 +161,16 @@ def _flops(device: torch.device, numbers: Numbers) -> float:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if numbers is Numbers.tf32 else "highest")
     try:
-        return 2.0 * width**3 / _seconds(device, lambda: torch.mm(a, a, out=out))
+        return 2.0 * width**3 / _seconds(device, lambda: torch.mm(a, a, out=out), each_s)
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _copy_rate(device: torch.device) -> float:
+def _copy_rate(device: torch.device, copied: int | None = None, each_s: float | None = None) -> float:
     """Bytes per second that memory reads and writes together."""
-    source = torch.ones(_COPIED[device.type] // 4, device=device)
+    source = torch.ones((copied or _COPIED[device.type]) // 4, device=device)
     into = torch.empty_like(source)
-    return 2.0 * source.nbytes / _seconds(device, lambda: into.copy_(source))
+    return 2.0 * source.nbytes / _seconds(device, lambda: into.copy_(source), each_s)
 
 
 def _host_rate(device: torch.device) -> float:
@@ -176,7 +190,7 @@ def _between_rate() -> float:
     return source.nbytes / _seconds(source.device, copy)
 
 
-def _seconds(device: torch.device, run: Callable[[], object]) -> float:
+def _seconds(device: torch.device, run: Callable[[], object], each_s: float | None = None) -> float:
     """Of one turn: the best of those that fit, after one to warm up."""
 
     def turn() -> float:
@@ -187,7 +201,7 @@ def _seconds(device: torch.device, run: Callable[[], object]) -> float:
         return time.perf_counter() - begun
 
     turn()
-    end, best = time.perf_counter() + _EACH_S, turn()
+    end, best = time.perf_counter() + (each_s or _EACH_S), turn()
     while time.perf_counter() < end:
         best = min(best, turn())
     return best

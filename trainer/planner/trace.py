@@ -27,48 +27,10 @@ from strategies.errors import ConfigError
 from strategies.precision import Precision
 from trainer.planner.kernels import As, Call, call_of
 from trainer.planner.layout import Layout
+from trainer.planner.stages import Stage, Trace
 
 _ROUND_TO = 512
 """Bytes: torch's allocators give multiples."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A block, or what lies between two of them, in one direction."""
-
-    before: int
-    """Bytes of activations that are there when it begins."""
-    peak: int
-    """The most at once while it runs, with `before`; gradients of parameters left out."""
-    calls: tuple[Call, ...]
-    """Operators in their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Trace:
-    """A micro-batch."""
-
-    forward: tuple[Stage, ...]
-    """Stage 0 lies before the blocks, 2i + 1 is block i, 2i + 2 lies behind it; the last one holds the loss."""
-    backward: tuple[Stage, ...]
-    """The same stages, which run from the last."""
-    micro_batch: int
-    num_tokens: int
-
-    @property
-    def peak(self) -> int:
-        """Bytes of activations at the highest."""
-        return max(stage.peak for stage in (*self.forward, *self.backward))
-
-    @property
-    def kept(self) -> int:
-        """Bytes of activations between forward and backward."""
-        return self.backward[-1].before
-
-    @property
-    def flops(self) -> float:
-        """Of matrix products and attention, recomputation included."""
-        return sum(call.flops for stage in (*self.forward, *self.backward) for call in stage.calls)
 
 
 def trace(
@@ -247,8 +209,28 @@ def _first(args: Any, kwargs: Any) -> Tensor | None:
 @dataclass
 class _Seen:
     before: int
-    peak: int
+    gradients_before: int
+    moments: list[tuple[int, int]]
     calls: list[Call] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, live: int, gradients: int) -> _Seen:
+        """A stage that begins."""
+        return cls(live, gradients, [(live, gradients)])
+
+    def note(self, live: int, gradients: int) -> None:
+        """There is so much of both."""
+        most, there = self.moments[-1]
+        if gradients > there:
+            self.moments.append((live, gradients))
+        elif live > most:
+            self.moments[-1] = (live, gradients)
+
+    def as_stage(self, live: int, gradients: int) -> Stage:
+        """The same where there is so much when it begins."""
+        more, come = live - self.before, gradients - self.gradients_before
+        moments = tuple((most + more, there + come) for most, there in self.moments)
+        return Stage(before=live, peak=max(most for most, _ in moments), calls=self.frozen, moments=moments)
 
     @functools.cached_property
     def frozen(self) -> tuple[Call, ...]:
@@ -260,7 +242,7 @@ def _fill(stages: dict[int, _Seen], places: Iterable[int], end: _Seen) -> None:
     """Stages that never began, as those of a frozen part in backward: nothing, where the next one begins."""
     following = end
     for place in places:
-        following = stages.setdefault(place, _Seen(following.before, following.before))
+        following = stages.setdefault(place, _Seen.at(following.before, following.gradients_before))
 
 
 class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -269,13 +251,13 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, last: int) -> None:
         """`last`: number of the stage with the loss."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._last, self._live = last, 0
+        self._last, self._live, self._gradients = last, 0, 0
         self._sizes: dict[int, int] = {}
         self._left_out: set[int] = set()
         self._forward: dict[int, _Seen] = {}
         self._backward: dict[int, _Seen] = {}
         self._place = -1
-        self._now = _Seen(0, 0)
+        self._now = _Seen.at(0, 0)
         self.enter("forward", 0)
 
     def enter(self, direction: str, place: int) -> None:
@@ -283,10 +265,10 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if direction == "forward":
             if place > self._place:
                 self._place = place
-                self._now = self._forward[place] = _Seen(self._live, self._live)
+                self._now = self._forward[place] = _Seen.at(self._live, self._gradients)
         elif place < self._place:
             self._place = place
-            self._now = self._backward[place] = _Seen(self._live, self._live)
+            self._now = self._backward[place] = _Seen.at(self._live, self._gradients)
 
     def turn(self) -> None:
         """From forward to backward."""
@@ -295,7 +277,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Nothing runs any more."""
-        self._after_backward = _Seen(self._live, self._live)
+        self._after_backward = _Seen.at(self._live, self._gradients)
         _fill(self._backward, range(self._last + 1), self._after_backward)
         _fill(self._forward, range(self._last, -1, -1), self._backward[self._last])
 
@@ -304,9 +286,12 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._left_out.add(parameter.untyped_storage()._cdata)
 
     def forget_gradient(self, parameter: Tensor) -> None:
-        """It is the strategy's to count."""
+        """It is no activation, and the strategy says how long there is how much of it."""
         if parameter.grad is not None:
-            self._live -= self._sizes.pop(parameter.grad.untyped_storage()._cdata, 0)
+            size = self._sizes.pop(parameter.grad.untyped_storage()._cdata, 0)
+            self._live -= size
+            self._gradients += size
+            self._now.note(self._live, self._gradients)
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -325,7 +310,7 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return
         self._sizes[key] = size = -(-storage.nbytes() // _ROUND_TO) * _ROUND_TO
         self._live += size
-        self._now.peak = max(self._now.peak, self._live)
+        self._now.note(self._live, self._gradients)
         weakref.finalize(storage, self._freed, key)
 
     def _freed(self, key: int) -> None:
@@ -337,16 +322,19 @@ class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
         A stage that is like another adds to what is kept what that one added.
         """
         after_forward = self._backward[self._last]
-        live = 0
+        live = gradients = 0
         forward, backward = list[Stage](), list[Stage]()
         for place in places:
             seen = self._forward[place]
-            forward.append(Stage(before=live, peak=live + seen.peak - seen.before, calls=seen.frozen))
+            forward.append(seen.as_stage(live, gradients))
             live += self._forward.get(place + 1, after_forward).before - seen.before
         for place in reversed(places):
             seen = self._backward[place]
-            backward.append(Stage(before=live, peak=live + seen.peak - seen.before, calls=seen.frozen))
-            live += self._backward.get(place - 1, self._after_backward).before - seen.before
+            backward.append(seen.as_stage(live, gradients))
+            following = self._backward.get(place - 1, self._after_backward)
+            live += following.before - seen.before
+            gradients += following.gradients_before - seen.gradients_before
         return Trace(
-            forward=tuple(forward), backward=tuple(reversed(backward)), micro_batch=micro_batch, num_tokens=num_tokens
-        )
+            forward=tuple(forward), backward=tuple(reversed(backward)), gradients=gradients, micro_batch=micro_batch,
+            num_tokens=num_tokens,
+        )  # fmt: skip
