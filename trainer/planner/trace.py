@@ -101,7 +101,7 @@ def _first_that_runs(
             first = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
                 f"plan: {type(model).__name__} can't run without storage: {first[:200]} Its forward may read values "
-                "(.item(), sizes that depend on data). Avoid that, or predict without activations (plan.activations)."
+                "(.item(), sizes that depend on data). Avoid that, or plan another (model)."
             ) from error
         return record.spread(layout.places, len(batch.labels), batch.num_tokens or batch.num_targets)
     raise AssertionError("one of them runs or raises")
