@@ -86,8 +86,9 @@ def test_own_script_on_two_processes_runs_to_its_end_without_a_stray_line(own: P
     assert found.stdout.count("hurrah at step 12") == 1
     assert "counting to 24" in found.stdout
     starts = ("counting to", "micro-batch:", " parameters", "tensorboard:", "step=", "sample", "  ", "checkpoint at",
-              "Summary", "hurrah", "reached step 12", "started by")  # fmt: skip
+              "Summary", "hurrah", "reached step 12", "started by", "predicted: ")  # fmt: skip
     assert found.stdout.count("started by torchrun: 2 processes") == 1
+    assert found.stdout.count("predicted: ") == 1
     strange = [line for line in found.stdout.splitlines() if line and not any(word in line[:40] for word in starts)]
     assert strange == []
     assert len(lines(tmp_path / "run")) == 12
