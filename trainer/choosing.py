@@ -29,7 +29,7 @@ from trainer.metrics.throughput import peak_flops
 from trainer.models.base import AbstractModel
 from trainer.optim import AbstractOptimizer
 from trainer.place import at_home
-from trainer.planner.advice import changes
+from trainer.planner import advice
 from trainer.planner.auto import (
     Auto,
     Choice,
@@ -222,7 +222,9 @@ def _decided(job: Undecided, launch: Launch, seen: list[Seen], link: float | Non
             own_checkpointing=own,
         )
         if best is None:
-            help_ = changes(wanted, machines, factors, optimizers=job.optimizers(), clusters=job.clusters())
+            help_ = advice.lines(
+                advice.found(wanted, machines, factors, optimizers=job.optimizers(), clusters=job.clusters())
+            )
             raise none_fits(others, help_, refused | cannot)
         name = best.strategy.split()[0]
         try:  # only now, since it may import a library

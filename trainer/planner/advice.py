@@ -52,24 +52,9 @@ class Change:
         return "; ".join([f"{self.words}: {', '.join(said)}", *([self.remark] if self.remark else [])])
 
 
-def changes(
-    wanted: Wanted,
-    machines: Machines,
-    factors: Efficiency,
-    *,
-    optimizers: Mapping[str, float],
-    clusters: Mapping[str, Cluster],
-    strategies: Mapping[str, Strategy] | None = None,
-    again: Again | None = None,
-    length: int | None = None,
-    price_share: float = 1.0,
-) -> list[str]:
-    """`found` in words, the cheapest few."""
-    each = found(
-        wanted, machines, factors, optimizers=optimizers, clusters=clusters, strategies=strategies, again=again,
-        length=length, price_share=price_share,
-    )  # fmt: skip
-    return [str(change) for change in each[:_MOST_LINES]]
+def lines(changes: Sequence[Change]) -> list[str]:
+    """The cheapest few in words, from `found`."""
+    return [str(change) for change in changes[:_MOST_LINES]]
 
 
 def found(

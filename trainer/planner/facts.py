@@ -14,7 +14,7 @@ from strategies.base import Batch, LossFunction, ModelSpec
 from strategies.errors import ConfigError
 from strategies.precision import Precision
 from trainer.models.base import AbstractModel
-from trainer.planner.kernels import Call, Kind
+from trainer.planner.kernels import Call
 from trainer.planner.stages import Stage, Trace
 from trainer.planner.trace import trace
 
@@ -169,12 +169,3 @@ def grown(few: Trace, more: Trace, micro_batch: int) -> Trace:
         micro_batch=micro_batch,
         num_tokens=number(few.num_tokens, more.num_tokens),
     )
-
-
-def flops_by_kind(trace: Trace) -> dict[Kind, float]:
-    """FLOPs of a micro-batch."""
-    found = dict.fromkeys(Kind, 0.0)
-    for stage in (*trace.forward, *trace.backward):
-        for call in stage.calls:
-            found[call.kind] += call.flops
-    return found

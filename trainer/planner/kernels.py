@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -173,8 +172,3 @@ def _attention_call(name: str, function: Any, args: Any, kwargs: Any, moved: int
     if is_backward:
         return Call(Kind.attention_backward, 3 * to_score + 2 * to_value, moved)
     return Call(Kind.attention_forward, to_score + to_value, moved)
-
-
-def tensors_in(result: Any) -> Iterator[Tensor]:
-    """The tensors that an operator gives."""
-    return (each for each in tree_leaves(result) if isinstance(each, Tensor))
