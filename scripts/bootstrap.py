@@ -130,7 +130,7 @@ def install() -> None:
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-user", "--no-build-isolation"]
     say(f"2/3 installing {len(pins)} packages (some minutes without pip's cache)")
     call("pip", [*pip, "--quiet", *builders])
-    call("pip", [*pip, "--requirement", str(LOCK)])
+    call("pip", [*pip, "--no-compile", "--requirement", str(LOCK)])  # what is imported is compiled then
     say("3/3 installing the project")
     call("pip", [*pip, "--quiet", "--no-deps", "--editable", str(ROOT)])
     STAMP.write_text(f"{place()}\n{contents()}\n")

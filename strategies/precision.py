@@ -66,10 +66,14 @@ class Precision:
         return {Numbers.bf16: torch.bfloat16, Numbers.fp16: torch.float16}.get(self.numbers, self.master_dtype)
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The context of a forward pass on `device`."""
+        """The context of a forward pass on `device`.
+
+        Each use of a weight casts it. torch's cache would keep all 16-bit copies until the end of the pass, those of
+        sharded weights and of parts that are computed again among them.
+        """
         if self.compute_dtype is self.master_dtype:
             return contextlib.nullcontext()
-        return torch.autocast(device.type, dtype=self.compute_dtype)
+        return torch.autocast(device.type, dtype=self.compute_dtype, cache_enabled=False)
 
     def check(self, device: torch.device) -> None:
         """Refuse what `device` can't honour.

@@ -433,12 +433,17 @@ def process(*words: str, folder: Path) -> tuple[int, str]:
     return found.returncode, found.stderr
 
 
-REAL = ("key_added_with_a_plus", "text_missing", "evaluation_samples_without_validation")
 TRAIN = str(ROOT / "scripts" / "train.py")
 
 
-@pytest.mark.parametrize("name", REAL)
-@pytest.mark.parametrize("before", [(), (str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "2")])
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        ("key_added_with_a_plus", ()),
+        ("text_missing", ()),
+        ("evaluation_samples_without_validation", (str(ROOT / "scripts" / "launch.py"), "--nproc-per-node", "2")),
+    ],
+)
 def test_process_wrong_is_refused_in_one_line(files: Path, tmp_path: Path, name: str, before: tuple[str, ...]) -> None:
     words = words_of(CASES[name], files, tmp_path / "run", tmp_path / "finished")
     code, err = process(*(before or (TRAIN,)), *words, folder=tmp_path)

@@ -222,10 +222,8 @@ def _decided(job: Undecided, launch: Launch, seen: list[Seen], link: float | Non
             own_checkpointing=own,
         )
         if best is None:
-            help_ = advice.lines(
-                advice.found(wanted, machines, factors, optimizers=job.optimizers(), clusters=job.clusters())
-            )
-            raise none_fits(others, help_, refused | cannot)
+            changes = advice.found(wanted, machines, factors, optimizers=job.optimizers(), clusters=job.clusters())
+            raise none_fits(others, [str(change) for change in changes], refused | cannot)
         name = best.strategy.split()[0]
         try:  # only now, since it may import a library
             strategies[name].refuse_job(job.backend, launch, best.plan, facts.spec)

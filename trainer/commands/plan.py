@@ -289,7 +289,7 @@ def _advice(keys: Sequence[str], config: Any, wanted: Wanted, report: Report, sp
     """Changes with which something fits, the cheapest first; one line each."""
     from trainer.commands.wanted import applied, wanted_of
     from trainer.config import composed, each_of
-    from trainer.planner.advice import found, lines
+    from trainer.planner.advice import found
 
     machines, factors = report.machines, report.factors
     assert machines is not None
@@ -311,4 +311,4 @@ def _advice(keys: Sequence[str], config: Any, wanted: Wanted, report: Report, sp
         length=config.data.get("length") if config.data is not None else None,
         price_share=spot or 1.0,
     )
-    return lines(each)
+    return [str(change) for change in each]

@@ -42,14 +42,13 @@ def wanted_of(
             "plans with the model itself, or choose another (model, strategy)."
         )
     model.prepare(tokenizer_of(config.data))
-    on_cpu = machines is not None and machines.device.lower().startswith(("cpu", "amd", "intel", "arm"))
     optimizer = made(config.optimizer)
     facts = facts_of(
         model,
         optimizer.slots_per_parameter,
         precision,
         length=_length(config, model),
-        device="cpu" if on_cpu else "cuda",
+        device="cpu" if machines is not None and machines.on_processors else "cuda",
         cast=cast,
     )
     facts.spec = replace(facts.spec, elementwise=optimizer.elementwise)

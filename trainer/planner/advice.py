@@ -11,10 +11,11 @@ from strategies.base import Strategy
 from strategies.errors import ConfigError
 from trainer.planner.cluster import Cluster, Machines
 from trainer.planner.efficiency import Efficiency, efficiency_of
-from trainer.planner.search import WAYS, Candidate, Wanted, search
+from trainer.planner.search import WAYS, Candidate, Wanted, least, search
 
 _MOST_NODES = 256
-_MOST_LINES = 8
+_MOST = 8
+"""Changes that are told."""
 _SHORTEST = 128
 """Tokens of a sample."""
 _BATCH = "another batch"
@@ -52,11 +53,6 @@ class Change:
         return "; ".join([f"{self.words}: {', '.join(said)}", *([self.remark] if self.remark else [])])
 
 
-def lines(changes: Sequence[Change]) -> list[str]:
-    """The cheapest few in words, from `found`."""
-    return [str(change) for change in changes[:_MOST_LINES]]
-
-
 def found(
     wanted: Wanted,
     machines: Machines,
@@ -69,8 +65,8 @@ def found(
     length: int | None = None,
     price_share: float = 1.0,
 ) -> list[Change]:
-    """Single changes with which something fits, by the price of an hour; of those that cost the same, first what
-    changes nothing of what is learned, and then by what 10^9 tokens cost.
+    """The cheapest single changes with which something fits, by the price of an hour; of those that cost the same,
+    first what changes nothing of what is learned, and then by what 10^9 tokens cost.
 
     Args:
         wanted: the job, of which nothing fits.
@@ -90,7 +86,9 @@ def found(
         *(() if again is None else _of_the_model(wanted, at_hand, again, length)),
         *_of_the_machines(wanted, at_hand, clusters, price_share),
     ]
-    return sorted(tried, key=lambda change: change.cost)
+    # What is best takes far longer to tell than whether anything fits.
+    cheapest = sorted(tried, key=lambda each: each.cost)[:_MOST]
+    return sorted((each.change() for each in cheapest), key=lambda change: change.cost)
 
 
 @dataclass(frozen=True)
@@ -98,86 +96,100 @@ class _AtHand:
     machines: Machines
     factors: Efficiency
 
-    def best(self, wanted: Wanted) -> Candidate | None:
-        """None: nothing fits."""
-        try:
-            candidates, _ = search(wanted, self.machines, self.factors)
-        except ConfigError:
-            return None
-        return candidates[0] if candidates and candidates[0].fits else None
+    @property
+    def usd_per_h(self) -> float:
+        """Infinite: not known."""
+        return math.inf if self.machines.price_per_h is None else self.machines.price_per_h * self.machines.nodes
 
-    def change(self, wanted: Wanted, words: str, remark: str = "") -> Iterator[Change]:
-        """With these words, if something fits then."""
-        if (best := self.best(wanted)) is not None:
-            yield Change(words=words, best=best, remark=remark)
+    def with_(self, wanted: Wanted, words: str, remark: str = "") -> Iterator[_Possible]:
+        """The job with these words, if something fits then."""
+        if any(candidate.fits for candidate in least(wanted, self.machines, self.factors)):
+            yield _Possible(wanted, self, words, remark)
 
 
-def _of_the_settings(wanted: Wanted, at_hand: _AtHand, strategies: Mapping[str, Strategy]) -> Iterator[Change]:
+@dataclass(frozen=True)
+class _Possible:
+    """Something with which a job fits; what then is best isn't known yet."""
+
+    wanted: Wanted
+    at_hand: _AtHand
+    words: str
+    """With `{strategy}` for the best one's."""
+    remark: str
+
+    @property
+    def cost(self) -> tuple[float, bool]:
+        """USD for an hour, and whether something else is learned."""
+        return (self.at_hand.usd_per_h, bool(self.remark))
+
+    def change(self) -> Change:
+        [best, *_], _ = search(self.wanted, self.at_hand.machines, self.at_hand.factors)
+        return Change(words=self.words.format(strategy=best.strategy), best=best, remark=self.remark)
+
+
+def _of_the_settings(wanted: Wanted, at_hand: _AtHand, strategies: Mapping[str, Strategy]) -> Iterator[_Possible]:
     """Those that change nothing of what is learned, and the batch."""
     for name in strategies.keys() - wanted.strategies.keys():
         other = replace(wanted, strategies={name: strategies[name]})
-        if (best := at_hand.best(other)) is not None:
-            yield Change(words=f"strategy={best.strategy}", best=best)
+        yield from at_hand.with_(other, "strategy={strategy}")
     for name, strategy in wanted.strategies.items() if len(wanted.strategies) == 1 else ():
         for key, value in asdict(strategy).items():
             if isinstance(value, bool):
                 words = f"strategy.{key}={str(not value).lower()}"
                 changed = {f"{name} {words}": replace(strategy, **{key: not value})}
-                yield from at_hand.change(replace(wanted, strategies=changed), words)
+                yield from at_hand.with_(replace(wanted, strategies=changed), words)
     for way in WAYS.keys() - wanted.checkpointing.keys():
         how: Mapping[str, ActivationCheckpointing | None] = {way: WAYS[way]}
         if way in ("selective", "full"):
             words = f"trainer.activation_checkpointing={way}"
-            yield from at_hand.change(replace(wanted, checkpointing=how), words)
+            yield from at_hand.with_(replace(wanted, checkpointing=how), words)
     size = at_hand.machines.size
-    fewer = [*at_hand.change(replace(wanted, micro_batch=1), "trainer.micro_batch=1")] if wanted.micro_batch else []
+    fewer = [*at_hand.with_(replace(wanted, micro_batch=1), "trainer.micro_batch=1")] if wanted.micro_batch else []
     yield from fewer
     if wanted.global_batch is not None and not fewer:
         words = f"trainer.micro_batch=1 trainer.global_batch={size}"
-        yield from at_hand.change(replace(wanted, global_batch=size, micro_batch=1), words, _BATCH)
+        yield from at_hand.with_(replace(wanted, global_batch=size, micro_batch=1), words, _BATCH)
 
 
-def _of_the_optimizer(wanted: Wanted, at_hand: _AtHand, optimizers: Mapping[str, float]) -> Iterator[Change]:
+def _of_the_optimizer(wanted: Wanted, at_hand: _AtHand, optimizers: Mapping[str, float]) -> Iterator[_Possible]:
     spec = wanted.facts.spec
     for name, fewer in sorted(optimizers.items(), key=lambda entry: -entry[1]):
         if fewer < spec.slots_per_parameter:
             facts = replace(wanted.facts, spec=replace(spec, slots_per_parameter=fewer))
-            change = [*at_hand.change(replace(wanted, facts=facts, footprints={}), f"optimizer={name}")]
-            if change:
-                yield replace(change[0], remark="it needs another rate")
+            other = replace(wanted, facts=facts, footprints={})
+            if possible := [*at_hand.with_(other, f"optimizer={name}", "it needs another rate")]:
+                yield from possible
                 return
 
 
-def _of_the_model(wanted: Wanted, at_hand: _AtHand, again: Again, length: int | None) -> Iterator[Change]:
+def _of_the_model(wanted: Wanted, at_hand: _AtHand, again: Again, length: int | None) -> Iterator[_Possible]:
     """Those that shorten what comes and goes in a step, where that could be enough."""
-    try:
-        candidates, _ = search(wanted, at_hand.machines, at_hand.factors)
-    except ConfigError:
-        return
-    least = min((it.memory.total - it.memory.activations - it.memory.logits for it in candidates), default=None)
-    if least is None or least > at_hand.machines.memory_bytes:
+    candidates = [*least(wanted, at_hand.machines, at_hand.factors)]
+    if all(
+        it.memory.total - it.memory.activations - it.memory.logits > at_hand.machines.memory_bytes for it in candidates
+    ):
         return
     if any(it.memory.logits for it in candidates):
         yield from _again(at_hand, again, "model.loss_chunk=1024", "")
     shorter = 0 if length is None else length // 2
     while shorter >= _SHORTEST:
-        if change := [*_again(at_hand, again, f"data.length={shorter}", "shorter samples")]:
-            yield from change
+        if possible := [*_again(at_hand, again, f"data.length={shorter}", "shorter samples")]:
+            yield from possible
             return
         shorter //= 2
 
 
-def _again(at_hand: _AtHand, again: Again, words: str, remark: str) -> Iterator[Change]:
+def _again(at_hand: _AtHand, again: Again, words: str, remark: str) -> Iterator[_Possible]:
     try:
         wanted = again([words])
     except ConfigError:  # not of this model
         return
-    yield from at_hand.change(wanted, words, remark)
+    yield from at_hand.with_(wanted, words, remark)
 
 
 def _of_the_machines(
     wanted: Wanted, at_hand: _AtHand, clusters: Mapping[str, Cluster], price_share: float
-) -> Iterator[Change]:
+) -> Iterator[_Possible]:
     machines, numbers = at_hand.machines, wanted.facts.precision.numbers
     yield from _more_nodes(wanted, at_hand, 2 * machines.nodes, "cluster.nodes={nodes}")
     for name, cluster in clusters.items():
@@ -193,17 +205,16 @@ def _of_the_machines(
         yield from _more_nodes(wanted, there, 1, f"cluster={name} cluster.nodes={{nodes}}")
 
 
-def _more_nodes(wanted: Wanted, at_hand: _AtHand, first: int, words: str) -> Iterator[Change]:
+def _more_nodes(wanted: Wanted, at_hand: _AtHand, first: int, words: str) -> Iterator[_Possible]:
     """The fewest of 2, 4, 8 ... times as many."""
-    least = replace(wanted, checkpointing=dict(list(wanted.checkpointing.items())[-1:]))  # keeps the fewest
     nodes = first
     while nodes <= _MOST_NODES:
         there = _AtHand(at_hand.machines.on(nodes), at_hand.factors)
         size, batch = there.machines.size, wanted.global_batch
         uneven = batch is not None and batch % (size * (wanted.micro_batch or 1))
         batch = batch if not uneven else size * (wanted.micro_batch or 1)
-        if there.best(replace(least, global_batch=batch)) is not None:
-            said = words.format(nodes=nodes) + (f" trainer.global_batch={batch}" if uneven else "")
-            yield from there.change(replace(wanted, global_batch=batch), said, _BATCH if uneven else "")
+        said = words.format(nodes=nodes) + (f" trainer.global_batch={batch}" if uneven else "")
+        if possible := [*there.with_(replace(wanted, global_batch=batch), said, _BATCH if uneven else "")]:
+            yield from possible
             return
         nodes *= 2

@@ -190,7 +190,7 @@ def _may_be(candidate: Candidate, wanted: Wanted, *, with_nvme: bool, elementwis
     taken, spec = candidate.footprint, wanted.facts.spec
     if taken.nvme_bytes and not with_nvme:
         return False
-    if taken.host_bytes and candidate.machines.device == "cpu":
+    if taken.host_bytes and candidate.machines.on_processors:
         return False  # it is the same memory
     whole = spec.num_trainable * wanted.facts.precision.master_dtype.itemsize
     cut = min(taken.weights_bytes, taken.gradients_bytes) < 0.99 * whole

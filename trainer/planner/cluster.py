@@ -73,6 +73,11 @@ class Machines:
         """Devices in all."""
         return self.nodes * self.devices
 
+    @property
+    def on_processors(self) -> bool:
+        """Ranks compute on the host, in its memory."""
+        return self.device.strip().lower() == "cpu"
+
     def on(self, nodes: int) -> Machines:
         """As many of the same machines.
 
@@ -98,7 +103,7 @@ class Cluster:
     """Take the machine at hand, and measure it for a few seconds."""
     nodes: int = 1
     device: str | None = None
-    """What one device is, as CUDA calls it; only without an instance type."""
+    """What one device is, as CUDA calls it, or `cpu`; only without an instance type."""
     devices: int | None = None
     """Per node."""
     memory_gib: float | None = None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from strategies.activations import COSTLY_OPERATORS, ActivationCheckpointing
 from strategies.base import Footprint, Plan, Strategy, WorldSpec
@@ -63,6 +64,7 @@ class Candidate:
     footprint: Footprint
     memory: Memory
     speed: Speed | None
+    """None: it doesn't fit, or a rate isn't known."""
     fits: bool
     why_not: str = ""
     """What doesn't fit."""
@@ -129,6 +131,23 @@ def search(
     return found, refused
 
 
+def least(wanted: Wanted, machines: Machines, factors: Efficiency) -> Iterator[Candidate]:
+    """Of each strategy and variant what takes least: the smallest micro-batch, with the fewest activations kept.
+
+    Args:
+        wanted: the job.
+        machines: all of them take part.
+        factors: of their devices.
+    """
+    world = WorldSpec(size=machines.size, local_size=machines.devices)
+    fewest = dict([*wanted.checkpointing.items()][-1:])
+    micro_batches = _MicroBatches(replace(wanted, checkpointing=fewest), machines, factors)
+    for name, chosen in wanted.strategies.items():
+        for setting, strategy in chosen.variants(world):
+            with contextlib.suppress(ConfigError):
+                yield next(_of(micro_batches, f"{name} {setting}".strip(), strategy, world))
+
+
 def _preferred(found: Sequence[Candidate]) -> Candidate:
     """Of those that are as fast as the first, for all that predictions can tell: what needs the fewest libraries."""
     fastest = found[0].speed.tokens_per_s if found[0].speed is not None else 0.0
@@ -140,33 +159,26 @@ def _preferred(found: Sequence[Candidate]) -> Candidate:
     return min(as_fast or found[:1], key=lambda each: len(each.spread.libraries))
 
 
-@dataclass(frozen=True)
-class _MicroBatch:
-    """Of one size, with one way to keep fewer activations; the same under every strategy."""
-
-    trace: Trace
-    compute: Compute | None
-    model_flops: float
-
-
 class _MicroBatches:
-    """All that a search has looked at on one kind of machine."""
+    """All that a search has looked at on one kind of machine; the same under every strategy."""
 
     def __init__(self, wanted: Wanted, machines: Machines, factors: Efficiency) -> None:
         self.wanted, self.machines, self.factors = wanted, machines, factors
-        self._known: dict[tuple[int, str], _MicroBatch] = {}
+        self._known: dict[tuple[int, ActivationCheckpointing | None], Compute | None] = {}
 
-    def of(self, samples: int, way: str, how: ActivationCheckpointing | None) -> _MicroBatch:
-        """One of so many samples."""
-        if (samples, way) not in self._known:
-            facts = self.wanted.facts
-            trace = facts.trace(samples, how)
-            self._known[samples, way] = _MicroBatch(
-                trace=trace,
-                compute=compute(trace, self.machines, self.factors, compiled=self.wanted.compiled),
-                model_flops=trace.flops if how is None else facts.model_flops(samples),
-            )
-        return self._known[samples, way]
+    def trace(self, plan: Plan) -> Trace:
+        """One of the plan's size."""
+        return self.wanted.facts.trace(plan.micro_batch, plan.activation_checkpointing)
+
+    def speed(self, footprint: Footprint, plan: Plan) -> Speed | None:
+        """None: a rate isn't known that it hangs on."""
+        key = (plan.micro_batch, plan.activation_checkpointing)
+        if key not in self._known:
+            self._known[key] = compute(self.trace(plan), self.machines, self.factors, compiled=self.wanted.compiled)
+        if (one := self._known[key]) is None:
+            return None
+        own = self.wanted.facts.model_flops(plan.micro_batch)
+        return speed(one, footprint, plan, self.machines, self.factors, model_flops=own)
 
 
 def _of(micro_batches: _MicroBatches, words: str, strategy: Strategy, world: WorldSpec) -> Iterator[Candidate]:
@@ -205,12 +217,8 @@ def _candidate(
     plan: Plan,
 ) -> Candidate:
     machines = micro_batches.machines
-    one = micro_batches.of(plan.micro_batch, way, plan.activation_checkpointing)
-    taken = memory(footprint, one.trace, machines.memory_bytes)
+    taken = memory(footprint, micro_batches.trace(plan), machines.memory_bytes)
     why_not = _why_not(taken, machines)
-    taken_s = None
-    if one.compute is not None:
-        taken_s = speed(one.compute, footprint, plan, machines, micro_batches.factors, model_flops=one.model_flops)
     return Candidate(
         strategy=words,
         spread=strategy,
@@ -219,7 +227,7 @@ def _candidate(
         machines=machines,
         footprint=footprint,
         memory=taken,
-        speed=taken_s,
+        speed=None if why_not else micro_batches.speed(footprint, plan),
         fits=not why_not,
         why_not=why_not,
     )

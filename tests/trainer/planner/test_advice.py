@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.planner.test_report import TINY, planned
 from trainer.commands.wanted import applied, wanted_of
 from trainer.config import composed, each_of
-from trainer.planner.advice import Change, found, lines
+from trainer.planner.advice import Change, found
 from trainer.planner.cluster import Cluster
 from trainer.planner.search import Wanted, search
 
@@ -102,7 +102,7 @@ def test_changes_applied_as_printed_fit_and_are_sorted_by_cost(name: str) -> Non
 
 def test_changes_are_lines_with_memory_and_price() -> None:
     wanted, machines, factors = planned(*TINY, "strategy=ddp", "cluster.memory_gib=0.0005", "trainer.micro_batch=1")
-    said = lines(found(wanted, machines, factors, optimizers={}, clusters={"g5": NEAR[0]}))
+    said = [str(it) for it in found(wanted, machines, factors, optimizers={}, clusters={"g5": NEAR[0]})]
     [line] = [each for each in said if each.startswith("cluster=g5 cluster.nodes=1: ")]
     assert "GiB with ddp" in line
     assert "16.29 USD/h" in line

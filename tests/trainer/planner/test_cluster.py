@@ -291,3 +291,8 @@ def test_two_processes_that_fail_are_said_in_one_line(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with pytest.raises(ConfigError, match=r"two processes can't be measured.*\(cluster\.link_gb_per_s\)"):
         this._gloo_rate()
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", True), ("CPU", True), ("AMD Instinct MI300X", False)])
+def test_machines_say_whether_ranks_compute_on_processors(device: str, expected: bool) -> None:
+    assert Cluster(device=device, **OWN).facts(Numbers.bf16).on_processors is expected

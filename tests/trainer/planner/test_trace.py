@@ -18,8 +18,9 @@ SIX_LAYERS = [
 ]
 
 
-def traced(how: ActivationCheckpointing | None) -> Trace:
-    return wanted_of(SIX_LAYERS, compose(SIX_LAYERS), None).facts.trace(2, how)
+def traced(how: ActivationCheckpointing | None, *further: str) -> Trace:
+    keys = [*SIX_LAYERS, *further]
+    return wanted_of(keys, compose(keys), None).facts.trace(2, how)
 
 
 @pytest.mark.parametrize("every", [1, 2, 3])
@@ -39,3 +40,12 @@ def test_trace_counts_more_work_and_less_memory_the_more_blocks_are_computed_aga
     found = [traced(how) for how in ways]
     assert [each.flops for each in found] == sorted({each.flops for each in found})
     assert [each.kept for each in found] == sorted({each.kept for each in found}, reverse=True)
+
+
+def test_trace_in_bf16_keeps_no_16_bit_weights_of_blocks_that_are_computed_again() -> None:
+    six, twelve = (
+        traced(ActivationCheckpointing(), "precision=bf16", f"model.config.num_hidden_layers={layers}")
+        for layers in (6, 12)
+    )
+    between_blocks = 2 * 64 * 64 * 4  # samples, tokens, width, bytes of fp32
+    assert 6 * between_blocks <= twelve.kept - six.kept <= 1.01 * 6 * between_blocks
