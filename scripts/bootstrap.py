@@ -116,8 +116,7 @@ def install() -> None:
     start = time.monotonic()
     moved = stamped() and stamped()[0] != place()
     begin_again = moved or UNFINISHED.exists() or not PYTHON.exists()
-    free = shutil.disk_usage(ROOT).free
-    if begin_again and free < NEEDED_BYTES:
+    if begin_again and (free := shutil.disk_usage(ROOT).free) < NEEDED_BYTES:
         raise SetupError(f"{free / 1e9:.1f} GB free at {ROOT}, {NEEDED_BYTES / 1e9:.1f} GB are needed. Make room.")
     UNFINISHED.touch()
     STAMP.unlink(missing_ok=True)
@@ -130,9 +129,10 @@ def install() -> None:
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-user", "--no-build-isolation"]
     say(f"2/3 installing {len(pins)} packages (some minutes without pip's cache)")
     call("pip", [*pip, "--quiet", *builders])
-    call("pip", [*pip, "--no-compile", "--requirement", str(LOCK)])  # what is imported is compiled then
+    call("pip", [*pip, "--requirement", str(LOCK)])
     say("3/3 installing the project")
     call("pip", [*pip, "--quiet", "--no-deps", "--editable", str(ROOT)])
+    call("compileall", [str(PYTHON), "-m", "compileall", "-q", "trainer", "strategies", "tests"])  # pip does the others
     STAMP.write_text(f"{place()}\n{contents()}\n")
     UNFINISHED.unlink()
     say(f"ready after {time.monotonic() - start:.0f} s")
@@ -193,7 +193,7 @@ def parts() -> list[list[str]]:
     """pytest's arguments for three processes, which take about as long; together every test, once."""
     ours = ["tests/trainer/" + name for name in ("checkpoint", "launch", "models", "sagemaker", "commands", "planner")]
     folders, files = (sorted(map(str, Path("tests").glob(pattern))) for pattern in ("[!_]*/", "test_*.py"))
-    first, second = ["tests/faults", "tests/scripts", *ours[:4]], ["tests/trainer", *files]
+    first, second = ["tests/faults", "tests/moves", "tests/scripts", *ours[:4]], ["tests/trainer", *files]
     third = [*ours[4:], *(path for path in folders if path not in (*first, *second))]
     return [first, [*second, *(f"--ignore={path}" for path in ours)], third]
 

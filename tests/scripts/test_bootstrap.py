@@ -53,7 +53,7 @@ def test_set_up_fresh_checkout_makes_venv_then_installs_lock_then_project(
     bootstrap: ModuleType, calls: list[list[str]]
 ) -> None:
     bootstrap.set_up()
-    assert [command[2] for command in calls] == ["venv", "pip", "pip", "pip"]
+    assert [command[2] for command in calls] == ["venv", "pip", "pip", "pip", "compileall"]
     assert calls[1][-1] == "setuptools==84.0"
     assert calls[2][-2:] == ["--requirement", str(bootstrap.LOCK)]
     assert calls[3][-3:] == ["--no-deps", "--editable", str(bootstrap.ROOT)]
@@ -76,7 +76,7 @@ def test_set_up_changed_pins_installs_into_the_same_environment(
     with (bootstrap.ROOT / name).open("a") as file:
         file.write("# changed\n")
     bootstrap.set_up()
-    assert [command[2] for command in calls] == ["pip", "pip", "pip"]
+    assert [command[2] for command in calls] == ["pip", "pip", "pip", "compileall"]
     assert bootstrap.is_ready()
 
 

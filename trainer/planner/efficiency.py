@@ -1,7 +1,7 @@
 """How much of its datasheet a device reaches, from `efficiency.csv`; each row says where its numbers come from.
 
-What each factor means, and how sure each is: docs/planner-factors.md. None is fitted to runs that a
-prediction is held against.
+What each factor means, and how sure each is: docs/planner-factors.md. None is fitted to runs for which a prediction
+is promised.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class Efficiency:
     products are counted where half of them are masked, and the backward as 2.5 forwards."""
     memory: float
     """Operators that only move bytes: of the memory's bandwidth."""
+    in_step: float
+    """Forward and backward passes: of the speed that their operators have one by one, each alone and many times."""
     fusion: float
     """Bytes that memory-bound operators move under torch.compile, of those they move without it."""
     overlap: float

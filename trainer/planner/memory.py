@@ -11,11 +11,12 @@ from trainer.planner.stages import Trace
 
 FRAGMENTATION = 0.03
 """Share of what comes and goes in a step that lies between blocks in use, and can't be had."""
-CACHED = 0.1
+CACHED = 0.14
 """Of what is in use at most, so much more does torch's allocator hold where there is room, and gives back where there
 isn't. Published pairs of peak use and peak reservation are far apart: +36 % and +20 % (FSDP2, full and selective
 checkpointing: github.com/pytorch/torchtitan pull request 165), about 0 (one device: github.com/meta-pytorch/torchtune
-pull request 961). It is what a tool shows as memory; whether a job fits doesn't hang on it.
+pull request 961); this is the mean of the two sources. It is what a tool shows as memory; whether a job fits doesn't
+hang on it.
 """
 
 

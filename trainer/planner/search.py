@@ -64,7 +64,7 @@ class Candidate:
     footprint: Footprint
     memory: Memory
     speed: Speed | None
-    """None: it doesn't fit, or a rate isn't known."""
+    """None: a rate isn't known, or nobody asked."""
     fits: bool
     why_not: str = ""
     """What doesn't fit."""
@@ -132,7 +132,8 @@ def search(
 
 
 def least(wanted: Wanted, machines: Machines, factors: Efficiency) -> Iterator[Candidate]:
-    """Of each strategy and variant what takes least: the smallest micro-batch, with the fewest activations kept.
+    """Of each strategy and variant what takes least: the smallest micro-batch, with the fewest activations kept. How
+    fast that is isn't looked at.
 
     Args:
         wanted: the job.
@@ -145,7 +146,7 @@ def least(wanted: Wanted, machines: Machines, factors: Efficiency) -> Iterator[C
     for name, chosen in wanted.strategies.items():
         for setting, strategy in chosen.variants(world):
             with contextlib.suppress(ConfigError):
-                yield next(_of(micro_batches, f"{name} {setting}".strip(), strategy, world))
+                yield next(_of(micro_batches, f"{name} {setting}".strip(), strategy, world, timed=False))
 
 
 def _preferred(found: Sequence[Candidate]) -> Candidate:
@@ -181,7 +182,9 @@ class _MicroBatches:
         return speed(one, footprint, plan, self.machines, self.factors, model_flops=own)
 
 
-def _of(micro_batches: _MicroBatches, words: str, strategy: Strategy, world: WorldSpec) -> Iterator[Candidate]:
+def _of(
+    micro_batches: _MicroBatches, words: str, strategy: Strategy, world: WorldSpec, *, timed: bool = True
+) -> Iterator[Candidate]:
     wanted = micro_batches.wanted
     for way, how in wanted.checkpointing.items():
         for samples, accumulation in _micro_batches(wanted, world.size):
@@ -190,7 +193,7 @@ def _of(micro_batches: _MicroBatches, words: str, strategy: Strategy, world: Wor
             key = (words, world.size, world.local_size, accumulation, way)
             if key not in wanted.footprints:
                 wanted.footprints[key] = strategy.footprint(wanted.facts.spec, world, plan)
-            candidate = _candidate(micro_batches, words, strategy, way, wanted.footprints[key], plan)
+            candidate = _candidate(micro_batches, words, strategy, way, wanted.footprints[key], plan, timed=timed)
             yield candidate
             if not candidate.fits:
                 break  # more samples take more
@@ -215,6 +218,8 @@ def _candidate(
     way: str,
     footprint: Footprint,
     plan: Plan,
+    *,
+    timed: bool = True,
 ) -> Candidate:
     machines = micro_batches.machines
     taken = memory(footprint, micro_batches.trace(plan), machines.memory_bytes)
@@ -227,7 +232,7 @@ def _candidate(
         machines=machines,
         footprint=footprint,
         memory=taken,
-        speed=None if why_not else micro_batches.speed(footprint, plan),
+        speed=micro_batches.speed(footprint, plan) if timed else None,
         fits=not why_not,
         why_not=why_not,
     )

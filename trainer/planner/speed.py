@@ -89,8 +89,8 @@ def compute(trace: Trace, machines: Machines, factors: Efficiency, *, compiled: 
     if machines.memory_bytes_per_s is None:
         return None
     return Compute(
-        forward_s=_seconds(trace.forward, machines, factors, compiled),
-        backward_s=_seconds(trace.backward, machines, factors, compiled),
+        forward_s=_seconds(trace.forward, machines, factors, compiled) / factors.in_step,
+        backward_s=_seconds(trace.backward, machines, factors, compiled) / factors.in_step,
         flops=trace.flops,
         num_tokens=trace.num_tokens,
     )

@@ -2,21 +2,27 @@
 
     python -m tests.trainer.planner.accuracy [words that a row's model or device holds]
 
-About three seconds a row. Nothing here changes a prediction: a row is only written as the keys of `shardwright plan`.
+About three seconds a row. A row is only written as the keys of `shardwright plan`, and nothing here changes what that
+predicts. The second table is where the factor `in_step` comes from.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import statistics
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
+
+from strategies.precision import Numbers
+from trainer.planner.efficiency import efficiency_of
 
 REFERENCES = Path(__file__).with_name("references")
 
@@ -86,6 +92,28 @@ class Row:
     """Per GPU."""
     memory_gib: float | None
     """Reserved by torch's allocator."""
+    source: str
+
+    @property
+    def chip(self) -> str:
+        """Without its memory and links."""
+        return self.device[:4]
+
+    @property
+    def publisher(self) -> str:
+        """Whose program that was; empty: predictions of it are promised, so nothing is fitted to it."""
+        return next(name for name, words in _PUBLISHERS.items() if words in self.source)
+
+
+_PUBLISHERS = {
+    "": "llama3_h100_202412",
+    "llm-foundry": "llm-foundry",
+    "torchtitan's first FSDP2": "torchtitan pull request",
+    "PyTorch's blog": "pytorch.org",
+    "torchtitan, A100": "torchtitan",
+}
+_HIDDEN = 0.05
+"""Of a step at most what waits for others, or it says nothing about computing."""
 
 
 def rows() -> Iterator[Row]:
@@ -131,6 +159,7 @@ def _row(line: dict[str, str]) -> Row | None:
         keys,
         float(line["tokens_per_s_per_gpu"]) if line["tokens_per_s_per_gpu"] else None,
         float(line["memory_gib"]) if line.get("memory_gib") else None,
+        line["source"],
     )
 
 
@@ -168,7 +197,8 @@ def planned(keys: tuple[str, ...] | list[str]) -> dict[str, Any]:
 
 
 def main(words: list[str]) -> None:
-    """Print a table in Markdown."""
+    """Print two tables in Markdown."""
+    reached: dict[tuple[str, str], list[float]] = defaultdict(list)
     print("| model | GPUs | device | batch x length, recomputed | tokens/s per GPU | predicted | | GiB | predicted | |")
     print("| --- | ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for row in rows():
@@ -179,6 +209,25 @@ def main(words: list[str]) -> None:
         speed, memory = found["speed"]["tokens_per_s_per_device"], found["bytes_per_rank"]["total"] / _GIB
         cells += _compared(row.tokens_per_s, speed, ",.0f") + _compared(row.memory_gib, memory, ".1f")
         print(f"| {' | '.join(cells)} |", flush=True)
+        if row.publisher and (share := in_step(row, found["speed"])) is not None:
+            reached[row.chip, row.publisher].append(share)
+    print("\n| chip | whose | rows | in_step, median | from | to |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    for (chip, whose), each in sorted(reached.items()):
+        print(f"| {chip} | {whose} | {len(each)} | {statistics.median(each):.3f} | {min(each):.3f} | {max(each):.3f} |")
+    for chip in sorted({chip for chip, _ in reached}):
+        medians = [statistics.median(each) for (name, _), each in reached.items() if name == chip]
+        print(f"\n{chip}: {statistics.geometric_mean(medians):.3f}, the mean of these medians")
+
+
+def in_step(row: Row, speed: dict[str, Any]) -> float | None:
+    """The factor with which this row's step would take as long as was published; None: too much of it waits."""
+    if row.tokens_per_s is None or speed["exposed_s"] > _HIDDEN * speed["step_s"]:
+        return None
+    published_s = speed["step_s"] * speed["tokens_per_s_per_device"] / row.tokens_per_s
+    factors = efficiency_of(row.device, Numbers.bf16)
+    beside_s = (speed["communication_s"] - speed["exposed_s"]) * (factors.overlap - 1)
+    computing_s = published_s - speed["optimizer_s"] - speed["exposed_s"] - beside_s
+    return float(factors.in_step * (speed["compute_s"] - beside_s) / computing_s)
 
 
 def _compared(published: float | None, predicted: float, form: str) -> list[str]:

@@ -8,7 +8,11 @@ import pytest
 
 from strategies.errors import ConfigError
 from strategies.precision import Numbers
+from trainer.planner.cluster import Cluster
 from trainer.planner.efficiency import EVERY_DEVICE, EVERY_NUMBERS, Efficiency, Row, efficiency_of, rows
+from trainer.planner.kernels import Call, Kind
+from trainer.planner.speed import compute
+from trainer.planner.stages import Stage, Trace
 
 REFERENCES = Path(__file__).with_name("references")
 H100, A100 = "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB"
@@ -220,3 +224,14 @@ def test_inter_node_factors_give_the_collectives_that_they_are_from() -> None:
         elif size >= 128 * 2**20:
             assert 0.75 < ratio < 1.4, row
     assert math.sqrt(sum(error**2 for error in errors) / len(errors)) < 0.1
+
+
+def test_passes_of_a_step_reach_a_part_of_what_their_operators_reach_alone() -> None:
+    passes = [(Stage(before=0, peak=0, calls=(Call(Kind.matmul, flops, 8),), moments=()),) for flops in (2e12, 4e12)]
+    trace = Trace(forward=passes[0], backward=passes[1], micro_batch=1, num_tokens=1)
+    machines, factors = Cluster(instance="p5.48xlarge").facts(Numbers.bf16), efficiency_of(H100, Numbers.bf16)
+    found = compute(trace, machines, factors)
+    assert found is not None
+    assert 0.8 < factors.in_step < 1
+    assert found.forward_s == pytest.approx(2e12 / (machines.peak_flops * factors.matmul * factors.in_step))
+    assert found.backward_s == pytest.approx(2 * found.forward_s)
