@@ -122,7 +122,7 @@ def foresee(
         )
     footprint = strategy.footprint(spec, WorldSpec(size=size, local_size=local_size), plan)
     parts = memory(footprint, traced)
-    taken = parts.total - parts.margin  # it isn't in use
+    taken = parts.in_use
     if device.type == "cpu":
         # A process is measured as a whole, and its peak may lie behind it.
         now = psutil.Process().memory_info().rss - held_bytes

@@ -45,9 +45,14 @@ class Memory:
         return kept + self.gathered + self.activations + self.logits + self.margin
 
     @property
+    def in_use(self) -> int:
+        """On the device, without the margin."""
+        return self.total - self.margin
+
+    @property
     def everywhere(self) -> int:
         """On the device, in host memory and on NVMe; without the margin."""
-        return self.total - self.margin + self.host + self.nvme
+        return self.in_use + self.host + self.nvme
 
     def parts(self) -> dict[str, int]:
         """Those on the device, in the order in which they are drawn."""

@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 _GIB = 2**30
 _WIDTH = 120
 """Characters, where nobody looks."""
-_WIDE = 110
+_WIDE = 120
 """From so many on there is room for more columns."""
+_TIGHT = 0.9
+"""Of the memory: from here on what is predicted to fit may not."""
 _MOST_SETTINGS = 20
 """That are shown of one strategy."""
 _TO_COPY = "train it"
@@ -162,6 +164,8 @@ def _lines_after(report: Report) -> Iterator[str]:
         money = "" if usd is None else f" and {usd:,.0f} USD"
         said.append(f"{_short(report.budget.tokens)} tokens in {_days(days)} days{money}")
     yield ", ".join(said)
+    if (used := best.memory.in_use / machines.memory_bytes) > _TIGHT:
+        yield f"tight: {used:.0%} of a device's memory in use at the peak; predictions of it were off by up to a tenth"
     if (next_ := _runner_up(report, best)) is not None:
         yield next_
     if machines.price_per_h is not None:

@@ -204,7 +204,7 @@ def peak(case: Case, device: str = "cpu") -> Peak:
         strategy.close()
     return Peak(
         measured=measured,
-        predicted=predicted.total - predicted.margin,
+        predicted=predicted.in_use,
         parts=predicted.parts(),
         num_parameters=found.spec.num_parameters,
     )

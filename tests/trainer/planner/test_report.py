@@ -145,6 +145,20 @@ def test_tables_fit_the_terminal(
     assert lines.index(next(line for line in lines if line.startswith("doesn't fit"))) > 3
 
 
+@pytest.mark.parametrize(("room", "tight"), [(1.05, True), (1.2, False)])
+def test_best_that_leaves_little_memory_is_said_to_be_tight(
+    capsys: pytest.CaptureFixture[str], room: float, tight: bool
+) -> None:
+    from trainer.planner.table import show
+
+    found = report()
+    best = found.found[2][0]
+    limit = int(room * best.memory.in_use)
+    found.found[2] = [replace(best, machines=replace(best.machines, memory_bytes=limit))]
+    show(found, top=None)
+    assert ("tight: 95% of a device's memory" in capsys.readouterr().out) is tight
+
+
 def test_plan_with_tokens_spot_and_starts_says_days_and_money(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
