@@ -35,20 +35,21 @@ class Change:
     """What then is the best."""
     remark: str = ""
     """What it changes of what is learned."""
+    usd_per_h: float
+    """0: machines at hand whose price isn't known; infinite: others of which it isn't."""
 
     @property
     def cost(self) -> tuple[float, bool, float]:
         """USD for an hour, whether something else is learned, and USD for 10^9 tokens; what isn't known comes last."""
-        of_tokens, machines = self.best.usd_per_billion_tokens, self.best.machines
-        of_hour = math.inf if machines.price_per_h is None else machines.price_per_h * machines.nodes
-        return (of_hour, bool(self.remark), math.inf if of_tokens is None else of_tokens)
+        of_tokens = self.best.usd_per_billion_tokens
+        return (self.usd_per_h, bool(self.remark), math.inf if of_tokens is None else of_tokens)
 
     def __str__(self) -> str:
         best, (of_hour, _, of_tokens) = self.best, self.cost
         kept = f", {best.checkpointing}" if best.checkpointing != "none" else ""
         limit = best.machines.memory_bytes / _GIB
         said = [f"{best.memory.total / _GIB:.1f} of {limit:.1f} GiB with {best.strategy}{kept}"]
-        said += [f"{of_hour:,.2f} USD/h"] if of_hour < math.inf else []
+        said += [f"{of_hour:,.2f} USD/h"] if 0 < of_hour < math.inf else []
         said += [f"{of_tokens:,.{0 if of_tokens >= 10 else 2}f} USD/10^9 tokens"] if of_tokens < math.inf else []
         return "; ".join([f"{self.words}: {', '.join(said)}", *([self.remark] if self.remark else [])])
 
@@ -79,7 +80,7 @@ def found(
         length: tokens of a sample, if `data.length` says it.
         price_share: of the price of other machines that is paid.
     """
-    at_hand = _AtHand(machines, factors)
+    at_hand = _AtHand(machines, factors, unpriced=0.0)
     tried = [
         *_of_the_settings(wanted, at_hand, strategies or {}),
         *_of_the_optimizer(wanted, at_hand, optimizers),
@@ -95,11 +96,13 @@ def found(
 class _AtHand:
     machines: Machines
     factors: Efficiency
+    unpriced: float = math.inf
+    """What an hour counts as where no price is known."""
 
     @property
     def usd_per_h(self) -> float:
-        """Infinite: not known."""
-        return math.inf if self.machines.price_per_h is None else self.machines.price_per_h * self.machines.nodes
+        price = self.machines.price_per_h
+        return self.unpriced if price is None else price * self.machines.nodes
 
     def with_(self, wanted: Wanted, words: str, remark: str = "") -> Iterator[_Possible]:
         """The job with these words, if something fits then."""
@@ -124,7 +127,8 @@ class _Possible:
 
     def change(self) -> Change:
         [best, *_], _ = search(self.wanted, self.at_hand.machines, self.at_hand.factors)
-        return Change(words=self.words.format(strategy=best.strategy), best=best, remark=self.remark)
+        words = self.words.format(strategy=best.strategy)
+        return Change(words=words, best=best, remark=self.remark, usd_per_h=self.at_hand.usd_per_h)
 
 
 def _of_the_settings(wanted: Wanted, at_hand: _AtHand, strategies: Mapping[str, Strategy]) -> Iterator[_Possible]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -146,7 +147,8 @@ def least(wanted: Wanted, machines: Machines, factors: Efficiency) -> Iterator[C
     for name, chosen in wanted.strategies.items():
         for setting, strategy in chosen.variants(world):
             with contextlib.suppress(ConfigError):
-                yield next(_of(micro_batches, f"{name} {setting}".strip(), strategy, world, timed=False))
+                each = _of(micro_batches, f"{name} {setting}".strip(), strategy, world, timed=False)
+                yield from itertools.islice(each, 1)
 
 
 def _preferred(found: Sequence[Candidate]) -> Candidate:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -70,7 +72,7 @@ CASES = {  # keys of a job, others with which it takes less, and how changes beg
 
 def least(*keys: str) -> int:
     wanted, machines, factors = planned(*keys)
-    return min(it.memory.total for it in search(wanted, machines, factors)[0])
+    return min(it.memory.in_use for it in search(wanted, machines, factors)[0])
 
 
 def too_large(given: Sequence[str], smaller: Sequence[str]) -> list[str]:
@@ -106,3 +108,16 @@ def test_changes_are_lines_with_memory_and_price() -> None:
     [line] = [each for each in said if each.startswith("cluster=g5 cluster.nodes=1: ")]
     assert "GiB with ddp" in line
     assert "16.29 USD/h" in line
+
+
+def test_machines_at_hand_come_first_where_their_price_is_not_known() -> None:
+    keys = too_large(*CASES["a_strategy_that_keeps_everything"][:2])
+    wanted, machines, factors = planned(*keys)
+    given: dict[str, Any] = {"optimizers": {}, "strategies": each_of("strategy")}
+    clusters = {"g5": NEAR[0]}
+    priced = found(wanted, machines, factors, clusters=clusters, **given)
+    assert priced[0].words.startswith("cluster=g5 "), "it is cheaper than the p5 at hand"
+    first, *others = found(wanted, replace(machines, price_per_h=None), factors, clusters=clusters, **given)
+    assert first.words.startswith("strategy=")
+    assert "USD" not in str(first)
+    assert any(each.words.startswith("cluster=g5 ") for each in others)
