@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from itertools import accumulate
 
-from torch import Tensor
-
 from strategies._deepspeed_fields import Offload
 from strategies._zero_traffic import ALIGNMENT, Sizes, kept_to_the_end, sent
 from strategies.base import Footprint, ModelSpec, Plan, WorldSpec
@@ -50,7 +48,7 @@ class _Numbers:
 
 
 def _numbers(model: ModelSpec, ranks: int, stage: int, sizes: Sizes) -> _Numbers:
-    parameters: list[Tensor] = [] if model.outline is None else list(model.outline.parameters())
+    parameters = model.parameters
     trained = [value.numel() for value in parameters if value.requires_grad] or [model.num_trainable]
     frozen = [value.numel() for value in parameters if not value.requires_grad]
     if not parameters:

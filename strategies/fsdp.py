@@ -113,8 +113,8 @@ class FSDPStrategy(TorchStrategy):
             _refuse_single_numbers(model.outline)
 
     def footprint(self, model: ModelSpec, world: WorldSpec, plan: Plan) -> Footprint:
-        if model.outline is not None:
-            _refuse_single_numbers(model.outline)
+        if (outline := model.outline) is not None:
+            model.once(_refuse_single_numbers, lambda: _refuse_single_numbers(outline))
         groups = self._groups(world.size, world.local_size)
         ranks = world.size // groups
         return predicted(
