@@ -1,11 +1,12 @@
 """The campaigns in short: real launches that are killed, stopped and restarted, and end like the one left alone.
 
-The long ones: `python -m tests.faults.campaign kills --kills 200 --seed 7` (docs/faults.md).
+Those that stop and restart with SHARDWRIGHT_CAMPAIGNS=all. The long ones: `python -m tests.faults.campaign kills --kills 200 --seed 7` (docs/faults.md).
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.faults.campaign import Campaign, kills, main, restarts, terms
 from tests.faults.plan import Fault
 
 SEED = 11
+EACH = pytest.mark.skipif(os.environ.get("SHARDWRIGHT_CAMPAIGNS") != "all", reason="SHARDWRIGHT_CAMPAIGNS=all runs it")
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +36,7 @@ def test_campaign_4_kills_change_nothing(folder: Path) -> None:
     assert told["slowest_end_s"] <= 30
 
 
+@EACH
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_campaign_terms_change_nothing(folder: Path) -> None:
@@ -41,6 +44,7 @@ def test_campaign_terms_change_nothing(folder: Path) -> None:
     assert terms(campaign, plan.terms(SEED, 2)) == 0, campaign.problems
 
 
+@EACH
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_campaign_restarts_change_nothing(folder: Path) -> None:

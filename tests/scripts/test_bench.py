@@ -16,7 +16,7 @@ from trainer.bench.runs import saves_of, taken
 from trainer.cli import main
 
 EACH = os.environ.get("SHARDWRIGHT_BENCH") == "all"
-"""Each hand-written loop, not DDP's alone."""
+"""Each hand-written loop, not one process's alone."""
 
 
 def took(cpu_ms: float = 10.0, startup_s: float = 4.0) -> Taken:
@@ -82,9 +82,10 @@ def test_bench_wrong_is_refused_in_one_line(words: list[str], said: str, capsys:
     assert said in line
 
 
-def test_bench_trains_the_same_job_by_both(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("strategy", "processes"), [("single", "1"), *([("ddp", "2")] if EACH else [])])
+def test_bench_trains_the_same_job_by_both(tmp_path: Path, strategy: str, processes: str) -> None:
     page = tmp_path / "new" / "page.md"
-    words = ["--model", "tiny", "--processes", "2", "--strategy", "ddp", "--precision", "bf16"]
+    words = ["--model", "tiny", "--processes", processes, "--strategy", strategy, "--precision", "bf16"]
     words += ["--rounds", "1", "--steps", "8", "--no-checkpoints"]
     ended = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "bench.py"), *words, "--output", str(page)],
