@@ -1,6 +1,7 @@
 """The campaigns in short: real launches that are killed, stopped and restarted, and end like the one left alone.
 
-Those that stop and restart with SHARDWRIGHT_CAMPAIGNS=all. The long ones: `python -m tests.faults.campaign kills --kills 200 --seed 7` (docs/faults.md).
+Those that stop and restart with SHARDWRIGHT_CAMPAIGNS=all. The long ones:
+`python -m tests.faults.campaign kills --kills 200 --seed 7` (docs/faults.md).
 """
 
 from __future__ import annotations
