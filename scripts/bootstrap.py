@@ -191,11 +191,11 @@ def test(arguments: list[str]) -> int:
 
 def parts() -> list[list[str]]:
     """pytest's arguments for three processes, which take about as long; together every test, once."""
-    ours = ["tests/trainer/" + name for name in ("checkpoint", "launch", "models", "sagemaker", "commands", "planner")]
+    ours = ["tests/trainer/" + name for name in ("checkpoint", "commands", "data", "launch", "models", "sagemaker")]
     folders, files = (sorted(map(str, Path("tests").glob(pattern))) for pattern in ("[!_]*/", "test_*.py"))
-    first, second = ["tests/faults", "tests/moves", "tests/scripts", *ours[:4]], ["tests/trainer", *files]
-    third = [*ours[4:], *(path for path in folders if path not in (*first, *second))]
-    return [first, [*second, *(f"--ignore={path}" for path in ours)], third]
+    first = ["tests/faults", "tests/moves", "tests/scripts", *ours]
+    third = ["tests/trainer/planner", *(path for path in folders if path not in (*first, "tests/trainer"))]
+    return [first, ["tests/trainer", *files, *(f"--ignore={path}" for path in (*ours, third[0]))], third]
 
 
 def checked(steps: dict[str, list[str]]) -> int:
