@@ -61,6 +61,23 @@ from trainer import run
 run()
 """
 
+OUT_OF_MEMORY = """
+import sys
+sys.path[:0] = [{root!r}]
+import torch
+from strategies.ddp import DDPStrategy
+real, calls = DDPStrategy.forward_backward, 0
+def greedy(self, *args):
+    global calls
+    calls += 1
+    if calls == 5 and self._connected.rank == 1:
+        torch.empty(1 << 50)
+    return real(self, *args)
+DDPStrategy.forward_backward = greedy
+from trainer import run
+run()
+"""
+
 
 def said(folder: Path) -> list[str]:
     return [line for line in (folder / "err").read_text().splitlines() if line.strip()]
@@ -72,16 +89,17 @@ def script(folder: Path, text: str) -> list[str]:
     return ["--script", str(path)]
 
 
-def test_killed_rank_ends_the_other_with_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_rank_ends_the_other_with_one_line(tmp_path: Path, victim: int) -> None:
     with started(*launch(*ENDLESS), folder=tmp_path) as process:
         wait_for(lambda: num_lines(tmp_path / "run") > 5, process)
-        workers_of(process.pid)[0].kill()
+        workers_of(process.pid)[victim].kill()
         begin = time.monotonic()
         assert process.wait(60) == 137
     assert time.monotonic() - begin < 30
     [line] = said(tmp_path)
-    assert line.startswith("TrainingError: rank 0 is gone")
-    assert "rank-0.log" in line
+    assert line.startswith(f"TrainingError: rank {victim} is gone")
+    assert f"rank-{victim}.log" in line
     assert "[rank" not in (tmp_path / "out").read_text()
 
 
@@ -155,6 +173,17 @@ def test_frozen_rank_is_waited_for(tmp_path: Path) -> None:
         wait_for(lambda: num_lines(run) > seen + 5, process)
         process.terminate()
         assert process.wait(60) == 75
+
+
+def test_rank_out_of_memory_says_what_to_try(tmp_path: Path) -> None:
+    with started(*launch(*script(tmp_path, OUT_OF_MEMORY), *ENDLESS), folder=tmp_path) as process:
+        begin = time.monotonic()
+        assert process.wait(90) == 1
+    [line] = said(tmp_path)
+    assert line.startswith("TrainingError: rank 1: out of memory: ")
+    assert "trainer.micro_batch" in line
+    assert time.monotonic() - begin < 60
+    assert "Traceback" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])

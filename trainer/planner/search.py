@@ -146,7 +146,7 @@ def least(wanted: Wanted, machines: Machines, factors: Efficiency) -> Iterator[C
     micro_batches = _MicroBatches(replace(wanted, checkpointing=fewest), machines, factors)
     for name, chosen in wanted.strategies.items():
         for setting, strategy in chosen.variants(world):
-            with contextlib.suppress(ConfigError):
+            with contextlib.suppress(ConfigError):  # it can't run on so many ranks
                 each = _of(micro_batches, f"{name} {setting}".strip(), strategy, world, timed=False)
                 yield from itertools.islice(each, 1)
 
